@@ -1,0 +1,194 @@
+"""Building blocks of the ADM U-Net, shared by both denoisers.
+
+Architecture: Dhariwal and Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis" (residual blocks
+that resample, adaptive group normalisation, attention at low resolutions). Submodules sit at the
+indices that the published checkpoints use, so that state dicts load without renaming.
+
+A residual block's second normalisation is modulated by the timestep and by per-image conditions. Every
+such modulation is affine per channel, so a whole chain of them, the norm's own weights included, folds
+into one (scale, shift) per block: `fold`. The blocks therefore know nothing of what drives them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GROUPS = 32
+
+
+def timestep_embedding(t: Tensor, width: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoidal embedding, t [N] (may be fractional) -> [N, width] float32.
+
+    Cosines first, then sines, a zero column when the width is odd (Vaswani et al. 2017, section 3.5).
+    """
+    half = width // 2
+    k = torch.arange(half, device=t.device, dtype=torch.float32)
+    angle = t.float()[:, None] * torch.exp(-math.log(max_period) / half * k)
+    return F.pad(torch.cat([angle.cos(), angle.sin()], 1), (0, width % 2))
+
+
+def norm_silu(
+    h: Tensor, norm: nn.GroupNorm, scale: Tensor | None = None, shift: Tensor | None = None
+) -> Tensor:
+    """SiLU(GroupNorm(h) * scale + shift); with no scale, the norm's own weight and bias.
+
+    h [B,C,H,W]; scale, shift [B,C] or [1,C] and replace the norm's weight and bias (see `fold`).
+    Statistics are float32 inside PyTorch's kernel for every input type.
+    """
+    if scale is None:
+        h = F.group_norm(h, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    elif len(scale) == 1:  # one kernel: the modulation is the norm's weight
+        scale, shift = scale.to(h.dtype), shift.to(h.dtype)
+        h = F.group_norm(h, norm.num_groups, scale[0], shift[0], norm.eps)
+    else:
+        h = F.group_norm(h, norm.num_groups, None, None, norm.eps)
+        h = torch.addcmul(shift.to(h.dtype)[..., None, None], h, scale.to(h.dtype)[..., None, None])
+    return F.silu(h, inplace=not torch.is_grad_enabled())
+
+
+class Downsample(nn.Module):
+    """Halve [B,C,H,W]: a strided convolution, or the 2x2 mean inside a residual block."""
+
+    def __init__(self, channels: int, conv: bool):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if conv else nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Double [B,C,H,W] by repeating pixels, optionally followed by a convolution."""
+
+    def __init__(self, channels: int, conv: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if conv else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+def _zero(layer: nn.Module) -> nn.Module:
+    """Start a branch at zero, so that a fresh network is the identity around it."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ResBlock(nn.Module):
+    """Residual block with a foldable modulation of its second normalisation.
+
+    emb_dim     width of the timestep embedding, None for a block without one
+    detail_dim  width of a global code that scales and shifts after the timestep (DiffusionRig)
+    gate_dims   (input, hidden) of a SiLU MLP that multiplies after the timestep (DiFaReli)
+    resample    None, "up" or "down"
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        emb_dim: int | None = None,
+        dropout: float = 0.0,
+        detail_dim: int | None = None,
+        gate_dims: tuple[int, int] | None = None,
+        resample: str | None = None,
+    ):
+        super().__init__()
+        self.out_channels = out_channels
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(GROUPS, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        if emb_dim is not None:
+            self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, 2 * out_channels))
+        if detail_dim is not None:
+            self.cond_emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(detail_dim, 2 * out_channels))
+        if gate_dims is not None:
+            n, hidden = gate_dims
+            widths = [(n, hidden), (hidden, hidden), (hidden, out_channels)]
+            self.cond_proj_layers = nn.Sequential(*(m for w in widths for m in (nn.Linear(*w), nn.SiLU())))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(GROUPS, out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        self.skip_connection = (
+            nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        )
+        self.resample = {"up": Upsample, "down": Downsample}[resample](channels, False) if resample else None
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """x [B,C,H,W]; scale, shift [B,out] or [1,out] from `fold`, None where nothing modulates."""
+        h = norm_silu(x, self.in_layers[0])
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = self.in_layers[2](h)
+        h = norm_silu(h, self.out_layers[0], scale, shift)
+        h = self.out_layers[3](self.out_layers[2](h))
+        return h.add_(self.skip_connection(x))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over pixels, [B,C,H,W] -> the same. Weights are Conv1d-shaped as published."""
+
+    def __init__(self, channels: int, heads: int = 1):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(GROUPS, channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = _zero(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm
+        tokens = F.group_norm(x, n.num_groups, n.weight, n.bias, n.eps).flatten(2).transpose(1, 2)
+        qkv = F.linear(tokens, self.qkv.weight[..., 0], self.qkv.bias)
+        # the published order keeps q, k and v of one head together
+        q, k, v = qkv.unflatten(2, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = F.linear(h, self.proj_out.weight[..., 0], self.proj_out.bias)
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def project(layers: Sequence[nn.Sequential], e: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and shifts of all blocks, from their SiLU-Linear layers, joined along the channels.
+
+    e [M,D] is the input of every layer; SiLU is taken once. Returns two [M, sum of C] in float32.
+    """
+    e = F.silu(e)
+    both = torch.cat([F.linear(e, s[1].weight, s[1].bias).unflatten(1, (2, -1)) for s in layers], 2)
+    return both.float().unbind(1)
+
+
+def fold(
+    blocks: Sequence[ResBlock], time: Tensor, gain: Tensor, offset: Tensor | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """One (scale, shift) a block for GroupNorm -> (1+s_t) h + b_t -> gain h + offset.
+
+    time [T,emb_dim] timestep embeddings, gain and offset [M, sum of C] of all blocks joined;
+    T and M are the batch or 1. Float32 throughout, whatever the network runs in.
+    """
+    s_t, b_t = project([b.emb_layers for b in blocks], time)
+    norms = [b.out_layers[0] for b in blocks]
+    w, b = torch.cat([n.weight for n in norms]).float(), torch.cat([n.bias for n in norms]).float()
+    scale = torch.addcmul(gain, s_t, gain)
+    shift = torch.addcmul(scale * b, b_t, gain)
+    if offset is not None:
+        shift = shift + offset
+    widths = [b.out_channels for b in blocks]
+    return list(zip((scale * w).split(widths, 1), shift.split(widths, 1), strict=True))
+
+
+def shared(t: Tensor) -> Tensor:
+    """[1] when all timesteps of a batch are known to be equal, so that one modulation serves all."""
+    if len(t) == 1 or t.stride(0) == 0:
+        return t[:1]
+    # reading values back would stall a GPU and break a compiled graph
+    if t.device.type == "cpu" and not torch.compiler.is_compiling() and bool((t == t[0]).all()):
+        return t[:1]
+    return t

@@ -1,0 +1,336 @@
+"""DiffusionRig's denoiser (Ding et al., CVPR 2023, section 3.2): an ADM U-Net over a noisy picture and
+nine channels of physical buffers, with a ResNet-18 that reads a photo into one global code.
+
+The condition of a photo is computed once (`DiffusionRig.condition`) and serves every step of every
+sampler. State-dict keys are those of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .blocks import GROUPS, AttentionBlock, ResBlock, fold, norm_silu, project, shared, timestep_embedding
+
+
+@dataclass(frozen=True)
+class RigConfig:
+    """Architecture of a DiffusionRig denoiser. The defaults are the published 256 px model.
+
+    image_size             px; the network runs on any multiple of 2^(levels-1)
+    width                  channels at multiplier 1; width * multiplier is a multiple of 32
+    channel_mult           one multiplier a level, finest first
+    num_res_blocks         per level on the way down (one more on the way up)
+    attention_resolutions  feature sizes in px, at `image_size`, that get attention (the middle always does)
+    num_heads              of each attention
+    latent_dim             size of the global code
+    encoder_width          channels of the ResNet-18's first stage (64 in the published models)
+    dropout                in every residual block, training only
+    """
+
+    image_size: int = 256
+    width: int = 128
+    channel_mult: tuple[float, ...] = (1, 1, 2, 2, 4, 4)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (16,)
+    num_heads: int = 1
+    latent_dim: int = 64
+    encoder_width: int = 64
+    dropout: float = 0.1
+
+    def __post_init__(self):
+        object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
+        object.__setattr__(self, "attention_resolutions", tuple(self.attention_resolutions))
+        for mult, channels in zip(self.channel_mult, self.channels, strict=True):
+            if channels < GROUPS or channels % GROUPS:
+                raise ValueError(
+                    f"width {self.width} x multiplier {mult} gives {channels} channels: "
+                    f"choose a multiple of {GROUPS}"
+                )
+            if channels % self.num_heads:
+                raise ValueError(f"{channels} channels cannot be shared by {self.num_heads} heads")
+        if self.image_size % self.stride:
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of {self.stride}, "
+                f"which {len(self.channel_mult)} levels need"
+            )
+
+    @property
+    def channels(self) -> list[int]:
+        """Channels of each level, finest first."""
+        return [int(self.width * m) for m in self.channel_mult]
+
+    @property
+    def stride(self) -> int:
+        """Picture sides must be multiples of this."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+    def attends(self, level: int) -> bool:
+        return self.image_size >> level in self.attention_resolutions
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor], num_heads: int = 1) -> RigConfig:
+        """Read the architecture off keys and shapes. Raises ValueError when it is another network's.
+
+        Two things leave no trace in the weights: the number of heads (1 in the published models) and the
+        picture size. The finest attention is taken to be at 16 px as published; without any, the coarsest
+        level is taken to be 8 px.
+        """
+        u = "denoisingUNet."
+        try:
+            width = state[f"{u}time_embed.0.weight"].shape[1]
+            latent_dim, top = state["encoder.fc.weight"].shape
+            last = max(int(m[1]) for k in state if (m := re.match(rf"{u}output_blocks\.(\d+)\.", k)))
+            # each level's last block on the way up holds a second residual block, which doubles the size
+            ups = [int(m[1]) for k in state if (m := re.match(rf"{u}output_blocks\.(\d+)\.[12]\.in_lay", k))]
+            n = min(ups, default=last)
+            starts = range(1, last + 1, n + 1)
+            widths = [state[f"{u}input_blocks.{i}.0.out_layers.3.weight"].shape[0] for i in starts]
+        except (KeyError, IndexError, ValueError) as e:
+            raise ValueError(f"not the weights of a DiffusionRig denoiser: {e} is missing or odd") from e
+        attn = [f"{u}input_blocks.{i}.1.qkv.weight" in state for i in starts]
+        size = 16 << attn.index(True) if any(attn) else 8 << (len(widths) - 1)
+        mult = [w / width for w in widths]
+        return cls(
+            image_size=size,
+            width=width,
+            channel_mult=tuple(int(m) if m == int(m) else m for m in mult),
+            num_res_blocks=n,
+            attention_resolutions=tuple(size >> i for i, a in enumerate(attn) if a),
+            num_heads=num_heads,
+            latent_dim=latent_dim,
+            encoder_width=top // 8,
+        )
+
+
+class ResNet18(nn.Module):
+    """He et al. 2016 with a linear head: [B,3,H,W] -> [B,out]. torchvision's state-dict keys."""
+
+    def __init__(self, out: int, width: int = 64):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = nn.Sequential(_BasicBlock(width, width), _BasicBlock(width, width))
+        for i in (1, 2, 3):
+            c = width << i
+            setattr(self, f"layer{i + 1}", nn.Sequential(_BasicBlock(c // 2, c, 2), _BasicBlock(c, c)))
+        self.fc = nn.Linear(8 * width, out)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, stride=2, padding=1)
+        h = self.layer4(self.layer3(self.layer2(self.layer1(h))))
+        return self.fc(h.mean((2, 3)))
+
+
+class _BasicBlock(nn.Module):
+    def __init__(self, channels: int, out: int, stride: int = 1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.downsample = None
+        if stride != 1:
+            conv = nn.Conv2d(channels, out, 1, stride, bias=False)
+            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(h + (x if self.downsample is None else self.downsample(x)))
+
+
+@dataclass(frozen=True)
+class RigCondition:
+    """All that a photo and its buffers contribute to the denoiser, computed once.
+
+    N pictures may share one code (M = 1), as many lights on one photo do.
+
+    physical [N,9,H,W]        rendered, normal, albedo as `Buffers.stack` gives them
+    code     [M,latent_dim]   of the photo
+    gain     [M, sum of C]    1 + scale of every residual block, float32
+    offset   [M, sum of C]    shift of every residual block, float32
+    """
+
+    physical: Tensor
+    code: Tensor
+    gain: Tensor
+    offset: Tensor
+
+    def __len__(self) -> int:
+        return len(self.physical)
+
+    def _map(self, f, g) -> RigCondition:
+        """f on the buffers, g on what belongs to the code."""
+        return RigCondition(f(self.physical), g(self.code), g(self.gain), g(self.offset))
+
+    def to(self, *args, **kwargs) -> RigCondition:
+        """Move every tensor, as Tensor.to does."""
+        f = lambda v: v.to(*args, **kwargs)  # noqa: E731
+        return self._map(f, f)
+
+    def __getitem__(self, index) -> RigCondition:
+        """Select pictures. An int keeps the batch axis; a shared code stays shared."""
+        if isinstance(index, int):
+            n = len(self)
+            if not -n <= index < n:
+                raise IndexError(f"RigCondition holds {n} pictures, there is no picture {index}")
+            index = slice(index % n, index % n + 1)
+        return self._map(lambda v: v[index], lambda v: v if len(v) == 1 else v[index])
+
+    def expand(self, n: int) -> RigCondition:
+        """Repeat the one picture n times (its code stays one); n pictures stay as they are."""
+        if len(self) not in (1, n):
+            raise ValueError(f"RigCondition holds {len(self)} pictures, wanted 1 or {n}")
+        return self._map(lambda v: v.expand(n, *v.shape[1:]), lambda v: v)
+
+    def replace(self, physical: Tensor) -> RigCondition:
+        """The same photo with other buffers [N,9,H,W], say one per light. A shared code serves any N."""
+        if physical.ndim != 4 or physical.shape[1] != self.physical.shape[1]:
+            raise ValueError(f"buffers must be [N,9,H,W], got {list(physical.shape)}")
+        if len(self.code) not in (1, len(physical)):
+            raise ValueError(f"{len(self.code)} codes cannot serve {len(physical)} buffers: index one photo")
+        like = self.physical
+        return dataclasses.replace(self, physical=physical.to(like.device, like.dtype))
+
+
+class UNet(nn.Module):
+    """The ADM U-Net with resampling residual blocks, 3 + 9 channels in and 3 out."""
+
+    def __init__(self, config: RigConfig):
+        super().__init__()
+        c, emb = config, 4 * config.width
+        self.time_embed = nn.Sequential(nn.Linear(c.width, emb), nn.SiLU(), nn.Linear(emb, emb))
+
+        def res(channels: int, out: int, resample: str | None = None) -> ResBlock:
+            return ResBlock(channels, out, emb, c.dropout, detail_dim=c.latent_dim, resample=resample)
+
+        def stage(level: int, channels: int) -> list[nn.Module]:
+            out = c.channels[level]
+            attention = [AttentionBlock(out, c.num_heads)] if c.attends(level) else []
+            return [res(channels, out), *attention]
+
+        ch = c.channels[0]
+        self.input_blocks = nn.ModuleList([nn.Sequential(nn.Conv2d(12, ch, 3, padding=1))])
+        skips = [ch]
+        for level, out in enumerate(c.channels):
+            for _ in range(c.num_res_blocks):
+                self.input_blocks.append(nn.Sequential(*stage(level, ch)))
+                ch = out
+                skips.append(ch)
+            if level < len(c.channels) - 1:
+                self.input_blocks.append(nn.Sequential(res(ch, ch, "down")))
+                skips.append(ch)
+        self.middle_block = nn.Sequential(res(ch, ch), AttentionBlock(ch, c.num_heads), res(ch, ch))
+        self.output_blocks = nn.ModuleList()
+        for level, out in reversed(list(enumerate(c.channels))):
+            for i in range(c.num_res_blocks + 1):
+                layers = stage(level, ch + skips.pop())
+                ch = out
+                if level and i == c.num_res_blocks:
+                    layers.append(res(ch, ch, "up"))
+                self.output_blocks.append(nn.Sequential(*layers))
+        self.out = nn.Sequential(nn.GroupNorm(GROUPS, ch), nn.SiLU(), nn.Conv2d(ch, 3, 3, padding=1))
+        nn.init.zeros_(self.out[2].weight)
+        nn.init.zeros_(self.out[2].bias)
+        self._res = tuple(m for m in self.modules() if isinstance(m, ResBlock))
+
+    def details(self, code: Tensor) -> tuple[Tensor, Tensor]:
+        """Code [M,latent_dim] -> gain and offset [M, sum of C] of all residual blocks, float32."""
+        scale, offset = project([b.cond_emb_layers for b in self._res], code)
+        return 1 + scale, offset
+
+    def forward(self, x: Tensor, t: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
+        """x [B,12,H,W], t [B] -> [B,3,H,W]; gain and offset as `details` gives them."""
+        e = timestep_embedding(shared(t), self.time_embed[0].in_features)
+        e = self.time_embed(e.to(self.time_embed[0].weight.dtype))
+        modulation = iter(fold(self._res, e, gain, offset))
+
+        def run(layers: nn.Sequential, h: Tensor) -> Tensor:
+            for layer in layers:
+                h = layer(h, *next(modulation)) if isinstance(layer, ResBlock) else layer(h)
+            return h
+
+        h, skips = x, []
+        for layers in self.input_blocks:
+            h = run(layers, h)
+            skips.append(h)
+        h = run(self.middle_block, h)
+        for layers in self.output_blocks:
+            h = run(layers, torch.cat([h, skips.pop()], 1))
+        return self.out[2](norm_silu(h, self.out[0]))
+
+
+class DiffusionRig(nn.Module):
+    """eps = model(x_t, t, model.condition(physical, image)).
+
+    Half precision: `model.to(torch.bfloat16)` (or float16 on a GPU), or autocast. Statistics of the
+    norms and the modulation stay float32; x_t may stay float32, and eps comes back in x_t's type.
+    """
+
+    def __init__(self, config: RigConfig):
+        super().__init__()
+        self.config = config
+        self.denoisingUNet = UNet(config)
+        self.encoder = ResNet18(config.latent_dim, config.encoder_width)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.fc.weight.dtype
+
+    def encode(self, image: Tensor) -> Tensor:
+        """[B,3,H,W] in -1..1, the whole photo at the denoiser's size -> code [B,latent_dim]."""
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise ValueError(f"the photo must be [B,3,H,W] in -1..1, got {list(image.shape)}")
+        return self.encoder(_packed(image.to(self.dtype)))
+
+    def condition(
+        self, physical: Tensor, image: Tensor | None = None, *, code: Tensor | None = None
+    ) -> RigCondition:
+        """What `forward` needs of a photo, once for all its steps.
+
+        physical [N,9,H,W]: `Buffers.stack()`; with it image [M,3,h,w] in -1..1 or its code [M,latent_dim],
+        M being N or 1. Differentiable, so that training goes the same way.
+        """
+        if physical.ndim != 4 or physical.shape[1] != 9:
+            raise ValueError(f"buffers must be [N,9,H,W] (Buffers.stack()), got {list(physical.shape)}")
+        if (image is None) == (code is None):
+            raise ValueError("give condition() either the photo (image=) or its code (code=)")
+        code = self.encode(image) if code is None else code.to(self.dtype)
+        if code.ndim != 2 or code.shape[1] != self.config.latent_dim:
+            raise ValueError(f"code must be [M,{self.config.latent_dim}], got {list(code.shape)}")
+        if len(code) not in (1, len(physical)):
+            raise ValueError(f"{len(code)} photos cannot serve {len(physical)} buffers: give 1 or as many")
+        return RigCondition(physical.to(self.dtype), code, *self.denoisingUNet.details(code))
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: RigCondition) -> Tensor:
+        """x_t [B,3,H,W], t [B] original timesteps 0..999 (may be fractional) -> eps [B,3,H,W].
+
+        The condition holds B pictures, or one for all. H and W are multiples of `config.stride`.
+        """
+        (b, _, *size), s = x_t.shape, self.config.stride
+        if size[0] % s or size[1] % s:
+            raise ValueError(f"picture sides must be multiples of {s}, got {size[0]} x {size[1]}")
+        if list(condition.physical.shape[2:]) != size:
+            raise ValueError(
+                f"buffers are {list(condition.physical.shape[2:])}, the picture is {size}: render them at its size"
+            )
+        c = condition.expand(b)
+        x = _packed(torch.cat([x_t.to(self.dtype), c.physical.to(self.dtype)], 1))
+        return self.denoisingUNet(x, t.expand(b), c.gain, c.offset).to(x_t.dtype)
+
+
+def _packed(x: Tensor) -> Tensor:
+    """Channels last, which convolutions and attention prefer on CPU and CUDA."""
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type in ("cpu", "cuda") else x
