@@ -1,0 +1,206 @@
+"""The open head: a linear 3D morphable head with a jaw hinge, gaze and a procedural albedo.
+
+Built by `training/head.py` from ICT-FaceKit (Li et al., "Learning Formation of Physically-Based
+Face Attributes", CVPR 2020). No I/O here: `checkpoints.load_head` reads the asset.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..face import FaceCode, axis_angle_to_matrix
+from . import HeadSizes
+
+TEX = (
+    "melanin",
+    "haemoglobin",
+    "lips",
+    "brow_darkness",
+    "brow_density",
+    "iris_brown",
+    "iris_light",
+    "stubble",
+    "hair_dark",
+    "hair_warm",
+    "cheeks",
+    "eye_shadow",
+)
+
+
+class OpenHead(nn.Module):
+    """Open head of V vertices, S shape modes, E expression modes, 12 albedo numbers (`TEX`), 8 pose numbers.
+
+    Convention: metres; x to the right of the picture (the subject's left), y up, z to the viewer; the origin
+    lies between the ears, slightly low, where a head turns on its neck. All coefficients have unit variance,
+    zero is the mean face. pose [B,8]: global axis-angle (3) about the origin, jaw axis-angle (3) about the hinge
+    (x > 0 opens, 0.44 is wide open), gaze yaw (> 0 to the right of the picture) and pitch (> 0 up), radians.
+    `expressions` [N,E]: row i is the `exp` of expression_names[i] at weight 1; rows may be added up.
+    """
+
+    name = "open"
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], meta: dict[str, str]) -> OpenHead:
+        """tensors, meta: as written by training/head.py. Raises ValueError for another kind of file."""
+        if meta.get("kind") != "open_head":
+            raise ValueError(
+                f"not an open head (kind '{meta.get('kind')}'): make one with `python -m training.head`"
+            )
+        return cls(tensors, meta)
+
+    def __init__(self, tensors: dict[str, Tensor], meta: dict[str, str]):
+        super().__init__()
+        for k, v in tensors.items():
+            name, _, item = k.partition(".")
+            if item:
+                v = v.float() / 255
+            elif v.dtype in (torch.float16, torch.float64):
+                v = v.float()
+            elif v.dtype in (torch.int16, torch.int32, torch.uint8):
+                v = v.long()
+            self.register_buffer(k.replace(".", "_"), v)
+        self.mask_names = [k[5:] for k in tensors if k.startswith("mask.")]
+        self.expression_names: list[str] = json.loads(meta["expression_names"])
+        self.sizes = HeadSizes(len(self.shape_modes), len(TEX), len(self.exp_modes), 8)
+        # one matrix product per head: [S+E, V*3]
+        modes = torch.cat([self.shape_modes, self.exp_modes]).flatten(1)
+        del self.shape_modes, self.exp_modes
+        self.register_buffer("modes", modes)
+        self.register_buffer("eye_mask", self.eyes.float())
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Vertex masks [V] 0..1 by name."""
+        return {k: getattr(self, f"mask_{k}") for k in self.mask_names}
+
+    def verts(self, shape: Tensor, exp: Tensor, pose: Tensor, index: Tensor | None = None) -> Tensor:
+        """shape [B,S], exp [B,E], pose [B,8] -> vertices [B,V,3]; with index [N] only those vertices [B,N,3]."""
+        rows = slice(None) if index is None else index
+        template = self.template[rows]
+        modes = self.modes.view(len(self.modes), -1, 3)[:, rows].flatten(1)
+        x = template + (torch.cat([shape, exp], 1) @ modes).view(len(shape), -1, 3)
+        joints = self.joints + torch.einsum("bs,sjd->bjd", shape, self.joint_modes)
+        turn = axis_angle_to_matrix(pose[:, 3:6])
+        swing = (x - joints[:, None, 0]) @ (turn - torch.eye(3).to(turn)).transpose(1, 2)
+        x = x + self.jaw_weight[rows, None] * swing
+        # what the hinge leaves of the scanned open mouth, linear in the sine as FLAME's pose correctives
+        open_ = turn[:, 2, 1] / torch.sin(self.jaw_open_angle)
+        x = x + open_[:, None, None] * self.jaw_rest[rows]
+        x = self._gaze(x, joints[:, 1:], pose[:, 6:8], rows)
+        return x @ axis_angle_to_matrix(pose[:, :3]).transpose(1, 2)
+
+    def _gaze(self, x: Tensor, centres: Tensor, gaze: Tensor, rows) -> Tensor:
+        """Turn the eyeballs about their centres [B,2,3]; the lids follow."""
+        yaw, pitch = gaze[:, 0], gaze[:, 1]
+        lids = torch.stack([pitch.relu(), (-pitch).relu(), yaw.relu(), (-yaw).relu()], 1)
+        x = x + torch.einsum("bk,kvd->bvd", lids, self.lid_modes[:, rows])
+        zero = torch.zeros_like(yaw)
+        up = axis_angle_to_matrix(torch.stack([-pitch, zero, zero], 1))
+        turn = axis_angle_to_matrix(torch.stack([zero, yaw, zero], 1)) @ up
+        for i in (0, 1):
+            d = x - centres[:, None, i]
+            x = x + self.eye_mask[i, rows, None] * (d @ turn.transpose(1, 2) - d)
+        return x
+
+    def landmarks(self, verts: Tensor, pose: Tensor) -> Tensor:
+        """verts [B,V,3] and their pose [B,8] -> [B,68,3] in iBUG order.
+
+        17..67 are fixed vertices. 0..16 lie on the silhouette: each takes the point of its strip (a cut of the cheek
+        at one height) that is farthest out in the picture.
+        """
+        a, b = verts[:, self.contour_edges].unbind(3)
+        w = self.contour_weight[..., None]
+        strip = (1 - w) * a + w * b  # [B,17,K,3]
+        up = F.normalize(axis_angle_to_matrix(pose[:, :3])[:, :2, 1], dim=1)
+        right = torch.stack([up[:, 1], -up[:, 0]], 1)
+        out = self.contour_outward @ torch.stack([right, up], 1)  # [B,17,2]
+        far = (strip[..., :2] * out[:, :, None]).sum(-1)
+        pick = torch.softmax(far / 3e-4, 2)  # soft within 0.3 mm, so that it slides along the cheek
+        contour = (pick[..., None] * strip).sum(2)
+        return torch.cat([contour, verts[:, self.landmark_index[17:]]], 1)
+
+    def centre(self, verts: Tensor) -> Tensor:
+        """Point [B,3] a tenth of the way from the middle of the eyes to the middle of the mouth corners."""
+        p = verts[:, self.landmark_index]
+        eyes = (p[:, 36:42].mean(1) + p[:, 42:48].mean(1)) / 2
+        return eyes + 0.1 * ((p[:, 48] + p[:, 54]) / 2 - eyes)
+
+    def mean_code(self, batch: int, size: int | tuple[int, int]) -> FaceCode:
+        """Mean face, neutral, mean light; the eyes a quarter of the (square) picture apart, as in FFHQ.
+
+        A picture that is not square holds the face in its middle square.
+        """
+        h, w = (size, size) if isinstance(size, int) else size
+        ref = self.template
+        zeros = {k: ref.new_zeros(batch, n) for k, n in vars(self.sizes).items()}
+        eyes = self.joints[1, 0] - self.joints[2, 0]
+        centre = self.centre(self.template[None])[0]
+        cam = torch.stack([0.5 / eyes, -centre[0], -centre[1]]).expand(batch, 3)
+        side = min(h, w)
+        k = 224 / side
+        crop = ref.new_tensor([[k, 0, -k * (w - side) / 2], [0, k, -k * (h - side) / 2], [0, 0, 1]])
+        return FaceCode(
+            **zeros,
+            cam=cam,
+            light=self.light_mean.expand(batch, 9, 3),
+            crop=crop.expand(batch, 3, 3),
+            size=(h, w),
+            head=self.name,
+        )
+
+    def albedo(self, tex: Tensor) -> Tensor:
+        """tex [B,12] (see `TEX`), unit variance -> [B,3,256,256] in display space.
+
+        Skin follows a two-pigment absorption model in linear light: log reflectance = base - M a - H b with
+        melanin M and haemoglobin H (as Tsumura et al., SIGGRAPH 2003); encoding by a power keeps it one exponential.
+        """
+        m = {k[4:]: v[None, None] for k, v in self.named_buffers() if k.startswith("map_")}
+        t = {k: tex[:, i, None, None, None] for i, k in enumerate(TEX)}
+
+        def colour(*rgb):
+            return tex.new_tensor(rgb).view(1, 3, 1, 1)
+
+        mottle = m["mottle"] - 0.5
+        melanin = F.softplus(1.1 * t["melanin"])
+        melanin = melanin * (1 + 0.25 * mottle - 0.12 * m["lips"])
+        melanin = melanin + 0.10 * m["sockets"] * F.softplus(1 + t["eye_shadow"]) + 0.9 * m["nostrils"]
+        blood = F.softplus(0.6 + 0.6 * t["haemoglobin"]) * 0.22
+        flush = (m["cheeks"] + 0.8 * m["nose"] + 0.5 * m["ears"]) * F.softplus(0.5 + t["cheeks"]) * 0.14
+        lips = m["lips"] * F.softplus(1.2 + t["lips"]) * 0.34
+        blood = blood * (1 + 0.5 * mottle) + flush + lips + 0.6 * m["nostrils"]
+        skin = (
+            colour(-0.20, -0.48, -0.62) - melanin * colour(0.68, 0.86, 1.0) - blood * colour(0.30, 1.0, 0.80)
+        )
+        x = torch.exp(skin / 2.2)
+
+        def hair(dark, warm):
+            density = F.softplus(1.6 + 1.3 * dark)
+            return torch.exp(
+                (
+                    colour(-0.45, -0.75, -1.2)
+                    - density * (colour(0.9, 1.1, 1.25) + warm * colour(-0.1, 0.03, 0.12))
+                )
+                / 2.2
+            )
+
+        warm = torch.tanh(0.7 * t["hair_warm"])
+        x = torch.lerp(x, hair(t["hair_dark"], warm) * (1 + 0.5 * mottle), m["scalp"])
+        x = torch.lerp(
+            x, hair(t["hair_dark"], warm), 0.30 * torch.sigmoid(1.6 * t["stubble"] - 2) * m["beard"]
+        )
+        brow = m["brows"] * torch.sigmoid(0.9 * t["brow_density"] + 0.4)
+        x = torch.lerp(x, x.detach() * 0 + hair(t["brow_darkness"] + 0.3, warm), 0.85 * brow)
+        iris = torch.lerp(
+            colour(0.42, 0.52, 0.58), colour(0.30, 0.17, 0.09), torch.sigmoid(1.5 * t["iris_brown"] + 0.5)
+        )
+        iris = iris * torch.exp(0.25 * t["iris_light"])
+        eye = torch.lerp(colour(0.80, 0.77, 0.75), iris, m["iris"]) * (1 - 0.55 * m["limbus"])
+        eye = torch.lerp(eye, colour(0.03, 0.03, 0.03), m["pupil"])
+        x = torch.lerp(x, eye, m["eyes"])
+        x = torch.lerp(x, colour(0.82, 0.78, 0.70) * (0.25 + 0.75 * m["depth"]), m["teeth"])
+        x = torch.lerp(x, colour(0.42, 0.17, 0.16) * m["depth"], m["mouth"])
+        return torch.lerp(x, colour(0.40, 0.22, 0.20), m["socket"]).clamp(0, 1)
