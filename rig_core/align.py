@@ -100,7 +100,7 @@ def _lanczos(image: Tensor, k: int) -> Tensor:
 
 
 def _warp(image: Tensor, matrix: Tensor, size: tuple[int, int], padding: str, kernel: str) -> Tensor:
-    """Sample image [B,C,h,w] at matrix @ (output pixel). kernel: bilinear, bicubic (where it grows) or lanczos.
+    """Sample image [B,C,h,w] at matrix @ (output pixel), by a bilinear, bicubic or lanczos kernel.
 
     Where it shrinks by f the image is box-averaged by a whole factor first and then sampled at k x k points a
     pixel, which are averaged: no aliasing, and memory stays within a few times the larger picture's.
@@ -255,3 +255,97 @@ def ffhq_crop(landmarks: Tensor, size: int) -> Crop:
     corner = eyes + 0.1 * down - x - y + 0.5 * (shrink - 1)
     step = 2 * x / size
     return _similarity(corner + 0.5 * (step + 2 * y / size), step, size, "reflection", "lanczos")
+
+
+def _blur(mask: Tensor, radius: int) -> Tensor:
+    """Two box blurs of the given radius: a tent, edges repeated."""
+    for _ in range(2):
+        mask = F.avg_pool2d(F.pad(mask, (radius,) * 4, mode="replicate"), 2 * radius + 1, stride=1)
+    return mask
+
+
+def soft_mask(mask: Tensor | None, crop: Crop, soft: float = 0.06) -> Tensor:
+    """Weight of the edit in the crop, [B,1,s,s], 0..1: falls smoothly to 0 INSIDE the mask and inside the crop.
+
+    mask [B,1,s,s], 1 = edit, None for the whole crop; soft: width of the edge in crop sides.
+    """
+    s = crop.size
+    if mask is None:
+        mask = torch.ones(1, 1, s, s, device=crop.matrix.device)
+    if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2:] != (s, s):
+        raise ValueError(f"the mask must be [B,1,{s},{s}], as the crop, got {list(mask.shape)}")
+    mask = mask.float().clamp(0, 1)
+    at = torch.arange(s, device=mask.device, dtype=mask.dtype)
+    edge = (torch.minimum(at, s - 1 - at) / max(soft * s, 1)).clamp(0, 1)
+    mask = torch.minimum(mask, torch.minimum(edge[:, None], edge))
+    radius = min(round(soft * s / 2), (s - 1) // 2)
+    if radius:  # at a straight border the blur is one half: what exceeds it lies inside
+        mask = torch.minimum(mask, (2 * _blur(mask, radius) - 1).clamp(0, 1))
+    return mask * mask * (3 - 2 * mask)
+
+
+def _region(crop: Crop, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Rows and columns of the photo that the crops touch: y0, y1, x0, x1."""
+    low, high = -1.0, float(crop.size)
+    square = torch.tensor([[low, low], [high, low], [high, high], [low, high]]).to(crop.matrix)
+    corners = crop.invert_points(square.expand(len(crop), 4, 2)).flatten(0, 1)
+    x0, y0 = (int(v) for v in corners.amin(0).floor())
+    x1, y1 = (int(v) + 1 for v in corners.amax(0).ceil())
+    return max(y0, 0), min(y1, size[0]), max(x0, 0), min(x1, size[1])
+
+
+def _carry(photo: Tensor, edited: Tensor, original: Tensor, back, mode: str) -> tuple[Tensor, Tensor]:
+    """The edited photo and a map of what changed at all. back: crop -> photo region."""
+    if mode == "replace":
+        return back(edited), back((edited != original).any(1, keepdim=True).float()) > 0
+    if mode == "difference":
+        delta = back(edited - original)
+        return photo + delta, (delta != 0).any(1, keepdim=True)
+    black = 0.01  # keeps the ratio of two near-black pixels near 1
+    stops = back(((to_linear(edited) + black) / (to_linear(original) + black)).log2())
+    changed = (stops != 0).any(1, keepdim=True)
+    return to_display((to_linear(photo) + black) * stops.exp2() - black), changed
+
+
+def paste_back(
+    photo: Tensor,
+    edited: Tensor,
+    crop: Crop,
+    mask: Tensor | None = None,
+    original: Tensor | None = None,
+    mode: str = "ratio",
+    soft: float = 0.06,
+) -> Tensor:
+    """Carry an edit of the crop into the photo at the photo's own resolution: [B,3,H,W] -> [B,3,H,W].
+
+    edited   [B,3,s,s] the crop after the edit
+    mask     [B,1,s,s] where the edit may go (1), None for the whole crop; soft is its edge in crop sides
+    original [B,3,s,s] the crop before the edit, crop.apply(photo) when None. Give what the model makes of the
+             unedited face to leave its reconstruction error out
+    mode     "ratio": the photo's linear light is multiplied by edited / original, for light, sharp at any size;
+             "difference": their difference is added; "replace": the edited crop itself, for a new pose
+    Pixels outside the mask, and wherever edited equals original, come back bit for bit.
+    Convention: ratios are taken in linear light, in stops, so that halving and doubling interpolate alike.
+    """
+    if mode not in ("ratio", "difference", "replace"):
+        raise ValueError(f"paste_back mode must be ratio, difference or replace, got {mode!r}")
+    original = crop.apply(photo) if original is None else original
+    want = [len(photo), 3, crop.size, crop.size]
+    for name, x in (("edited", edited), ("original", original)):
+        if list(x.shape) != want:
+            raise ValueError(f"paste_back: {name} must be {want}, got {list(x.shape)}")
+        if not torch.isfinite(x).all():
+            raise ValueError(f"paste_back: {name} holds NaN or infinite values")
+    crop = crop.expand(len(photo))
+    y0, y1, x0, x1 = _region(crop, photo.shape[2:])
+    if y0 >= y1 or x0 >= x1:
+        return photo.clone()
+    shift = torch.tensor([[1, 0, x0], [0, 1, y0], [0, 0, 1]]).to(crop.matrix)
+    local, size = crop.replace(matrix=crop.matrix @ shift), (y1 - y0, x1 - x0)
+    weight = local.apply_inverse(soft_mask(mask, crop, soft).expand(len(photo), 1, -1, -1), size, "bilinear")
+    part = photo[:, :, y0:y1, x0:x1]
+    new, changed = _carry(part, edited, original, lambda x: local.apply_inverse(x, size), mode)
+    blend = torch.lerp(part, new.clamp(0, 1), weight)
+    out = photo.clone()
+    out[:, :, y0:y1, x0:x1] = torch.where(changed & (weight > 0), blend, part)
+    return out
