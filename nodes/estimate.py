@@ -1,0 +1,173 @@
+"""From photo to face and back: Align Face, Fit to Landmarks, Paste Back."""
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..rig_core import align, buffers
+from ..rig_core.face import cat
+from ..rig_core.estimators import landmark_fit, locate
+from . import host, sockets
+
+FACE_CHOICE = [
+    io.Combo.Input(
+        "order",
+        options=list(locate.ORDERS),
+        default="largest",
+        tooltip="How faces are counted when a picture shows several.",
+    ),
+    io.Int.Input("index", default=0, min=0, max=63, tooltip="Which face in that order, counted from 0."),
+]
+
+
+class AlignFace(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FaceRig_AlignFace",
+            display_name="Align Face",
+            category="Face Rig/estimate",
+            description=(
+                "Finds the face and cuts it out upright and centred (FFHQ alignment), the way the denoisers saw "
+                "faces in training. Paste Back undoes it."
+            ),
+            inputs=[
+                io.Image.Input("photo", tooltip="Photos of any size; each gives one face."),
+                io.Int.Input(
+                    "size",
+                    default=128,
+                    min=64,
+                    max=1024,
+                    step=32,
+                    tooltip="Side of the aligned picture in pixels: the image_size of the denoiser (128 for the default).",
+                ),
+                *FACE_CHOICE,
+                io.Combo.Input(
+                    "missing",
+                    options=list(locate.MISSING),
+                    default="error",
+                    tooltip=(
+                        "A picture without a face: stop with an error, take the previous picture's place of the face, "
+                        "or pass the picture through unchanged at Paste Back. The number of pictures stays."
+                    ),
+                ),
+                io.Mask.Input("mask", optional=True, tooltip="Only faces whose centre lies inside are considered."),
+                sockets.FaceLandmarks.Input(
+                    "landmarks",
+                    optional=True,
+                    tooltip="68 landmarks per picture, in pixels of the photo. Without them they are found.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="The aligned faces, size x size."),
+                sockets.FaceCrop.Output(display_name="crop", tooltip="Where they were: for Paste Back."),
+                sockets.FaceLandmarks.Output(
+                    display_name="aligned_landmarks", tooltip="68 landmarks in pixels of the aligned pictures."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, photo, size, order, index, missing, mask=None, landmarks=None):
+        x = host.pictures(photo, "photo")
+        if landmarks is None:
+            mask = None if mask is None else host.mask_pictures(mask, "mask")
+            points, found = locate.locate(x, order, index, mask, missing)
+        else:
+            points = landmark_fit.check_landmarks(landmarks).to(x.device)
+            x = host.repeat(x, len(points), "photo")
+            found = torch.ones(len(points), dtype=torch.bool)
+        crop = align.ffhq_crop(points, size)
+        out = host.image(crop.apply(x))
+        return io.NodeOutput(
+            out, sockets.Aligned(crop, found), crop.apply_points(points), ui=ui.PreviewImage(out[:4], cls=cls)
+        )
+
+
+class FitToLandmarks(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FaceRig_FitToLandmarks",
+            display_name="Fit to Landmarks",
+            category="Face Rig/estimate",
+            description=(
+                "Fits the 3D head to a photo: shape, expression, pose and camera from 68 landmarks, skin and light "
+                "from the pixels."
+            ),
+            inputs=[
+                sockets.FaceModel.Input("face_model", tooltip="From Load Face Model."),
+                io.Image.Input("image", tooltip="Aligned faces (Align Face), up to 2048 pixels a side."),
+                *FACE_CHOICE,
+                sockets.FaceLandmarks.Input(
+                    "landmarks",
+                    optional=True,
+                    tooltip="Landmarks in pixels of the image, from Align Face. Without them they are found.",
+                ),
+            ],
+            outputs=[
+                sockets.FaceCode.Output(display_name="face_code", tooltip="The face in numbers."),
+                sockets.SHLight.Output(display_name="light", tooltip="The light found in the photo."),
+                io.Image.Output(display_name="overlay", tooltip="The fitted head over the photo: they should agree."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, face_model, image, order, index, landmarks=None):
+        x = host.pictures(image, "image", most=2048)
+        points = locate.locate(x, order, index)[0] if landmarks is None else landmark_fit.check_landmarks(landmarks)
+        x = host.repeat(x, len(points), "image")
+        with host.gradients():
+            head, x, points = host.head(face_model), x.clone(), points.to(x.device).clone()
+            parts = host.chunks(len(x), 256, 256)
+            progress = host.Progress(len(parts))
+            codes, overlays = [], []
+            for part in parts:
+                code = landmark_fit.fit(head, points[part], tuple(x.shape[2:]), x[part])
+                b = buffers.render(head, code)
+                overlays.append(host.image(x[part] + b.mask * (b.rendered - x[part])))
+                codes.append(host.result(code))
+                progress.step()
+        code, overlay = cat(codes), torch.cat(overlays)
+        return io.NodeOutput(code, code.light, overlay, ui=ui.PreviewImage(overlay[:4], cls=cls))
+
+
+class PasteBack(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FaceRig_PasteBack",
+            display_name="Paste Back",
+            category="Face Rig/estimate",
+            description=(
+                "Puts an edited aligned face back into the photo at full resolution. Pixels outside the face stay "
+                "exactly as they were."
+            ),
+            inputs=[
+                io.Image.Input("photo", tooltip="The photo that Align Face was given."),
+                io.Image.Input("image", tooltip="The edited aligned face, of any size."),
+                sockets.FaceCrop.Input("crop", tooltip="From Align Face."),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where the edit counts, over the aligned picture; white is all of it. Edges are softened.",
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="image_out", tooltip="Photos, one for each edited face.")],
+        )
+
+    @classmethod
+    def execute(cls, photo, image, crop, mask=None):
+        edited = host.pictures(image, "image")
+        n = len(edited)
+        x = host.repeat(host.pictures(photo, "photo"), n, "photo")
+        mask = None if mask is None else host.repeat(host.mask_pictures(mask, "mask"), n, "mask")
+        where, found = crop.crop.expand(n), crop.found.expand(n)
+        out = torch.cat(
+            [
+                align.paste_back(x[i : i + 1], edited[i : i + 1], where[i], None if mask is None else mask[i : i + 1])
+                if found[i]
+                else x[i : i + 1]
+                for i in range(n)
+            ]
+        )
+        return io.NodeOutput(host.image(out))

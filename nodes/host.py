@@ -1,0 +1,276 @@
+"""Everything that touches ComfyUI's insides: pictures, devices, memory, progress, model files, the host MODEL.
+
+ComfyUI's pictures are B,H,W,C float 0..1 on the CPU; ours are B,C,H,W. Its nodes run in inference
+mode; networks are built and fits are made outside of it, see `gradients`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.supported_models_base
+import comfy.utils
+import folder_paths
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..rig_core import align
+from ..rig_core.denoisers.rig import RigCondition
+
+FOLDER = "face_rig"
+EXTENSIONS = {".safetensors", ".pt"}
+DEFAULT = "default (in the pack)"
+
+
+# pictures
+
+
+def pictures(image: Tensor, name: str, least: int = 32, most: int | None = None) -> Tensor:
+    """IMAGE [B,H,W,C] -> RGB [B,3,H,W] float32 on the working device.
+
+    Grey becomes RGB, alpha is dropped. `name` is the input's, for the errors: ValueError for an empty
+    batch, NaN, other channels, a side under `least` or over `most` pixels.
+    """
+    if not isinstance(image, Tensor) or image.ndim != 4:
+        raise ValueError(f"'{name}' is not an IMAGE (batch, height, width, channels)")
+    try:
+        x = align.check_image(image.movedim(-1, 1).to(device()))
+    except ValueError as e:
+        raise ValueError(f"'{name}': {e}") from e
+    height, width = x.shape[2:]
+    if min(height, width) < least:
+        raise ValueError(f"'{name}' is {width} x {height} pixels: too small, {least} x {least} is the least")
+    if most and max(height, width) > most:
+        raise ValueError(f"'{name}' is {width} x {height} pixels, {most} is the most here: put Align Face before it")
+    return x.contiguous()
+
+
+def mask_pictures(mask: Tensor, name: str) -> Tensor:
+    """MASK [B,H,W] or [H,W] -> [B,1,H,W] float32 on the working device."""
+    if mask.ndim == 2:
+        mask = mask[None]
+    if mask.ndim != 3 or 0 in mask.shape:
+        raise ValueError(f"'{name}' is not a MASK (batch, height, width)")
+    return mask[:, None].to(mm.get_torch_device(), torch.float32).clamp(0, 1)
+
+
+def repeat(x, n: int, name: str):
+    """One picture (or face) for all n, or n of them. Raises ValueError for another number."""
+    if len(x) not in (1, n):
+        raise ValueError(f"'{name}' holds {len(x)} pictures or faces, but {n} are needed: give 1 or {n}")
+    return x if len(x) == n else x.expand(n, *x.shape[1:]) if isinstance(x, Tensor) else x.expand(n)
+
+
+def image(x: Tensor) -> Tensor:
+    """[B,C,H,W] -> IMAGE, clamped to 0..1, on the host's device for results."""
+    if not torch.isfinite(x).all():
+        raise ValueError("the result holds NaN: if the model runs in half precision, start ComfyUI with --force-fp32")
+    return x.clamp(0, 1).permute(0, 2, 3, 1).to(mm.intermediate_device(), torch.float32).contiguous()
+
+
+def mask(x: Tensor) -> Tensor:
+    """[B,1,H,W] -> MASK."""
+    return x[:, 0].clamp(0, 1).to(mm.intermediate_device(), torch.float32).contiguous()
+
+
+# devices, memory, progress
+
+
+def device() -> torch.device:
+    """Where to compute."""
+    return mm.get_torch_device()
+
+
+def result(x):
+    """A tensor or a value of rig_core, moved to the host's device for results."""
+    return x.to(mm.intermediate_device())
+
+
+def head(face_model):
+    """The head on the working device, moved out of inference mode so that later fits can use it."""
+    with torch.inference_mode(False):
+        return face_model.to(device())
+
+
+@contextlib.contextmanager
+def gradients():
+    """Out of the host's inference mode: for building networks and for fits. Clone what comes in."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+class Progress:
+    """The host's bar with a preview. Each step raises the host's exception when the user pressed stop."""
+
+    def __init__(self, total: int):
+        self.bar = comfy.utils.ProgressBar(total)
+        self.total = total
+        self.done = 0
+
+    def step(self, preview: Tensor | None = None) -> None:
+        """One step further. preview: [B,3,H,W] in -1..1, its first picture is shown."""
+        mm.throw_exception_if_processing_interrupted()
+        self.done += 1
+        shown = None if preview is None else ("JPEG", _pil(preview), 512)
+        self.bar.update_absolute(self.done, self.total, shown)
+
+    def callback(self, state: dict) -> None:
+        """What rig_core.samplers calls after every step."""
+        self.step(state["x_0"])
+
+
+def _pil(x: Tensor) -> Image.Image:
+    x = ((x[0].detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(x.permute(1, 2, 0).cpu().numpy())
+
+
+def chunks(n: int, height: int, width: int) -> list[slice]:
+    """Slices over a batch so that about a megapixel is in work at a time."""
+    step = max(1, 2**20 // (height * width))
+    return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+
+
+# model files
+
+
+def add_model_folder() -> None:
+    """Make models/face_rig known; folders that extra_model_paths.yaml gives under that name stay."""
+    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
+    paths, _ = folder_paths.folder_names_and_paths[FOLDER]
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, EXTENSIONS)
+
+
+def model_names() -> list[str]:
+    """What a dropdown offers: the pack's own file, then those in models/face_rig."""
+    return [DEFAULT, *folder_paths.get_filename_list(FOLDER)]
+
+
+def model_path(name: str) -> str | None:
+    """The file of a dropdown's entry, None for the pack's own. Raises FileNotFoundError."""
+    if name == DEFAULT:
+        return None
+    path = folder_paths.get_full_path(FOLDER, name)
+    if path is None:
+        raise FileNotFoundError(
+            f"there is no '{name}' in models/{FOLDER} (or it has another ending than "
+            f"{', '.join(sorted(EXTENSIONS))}): put it there and press R, or choose '{DEFAULT}'"
+        )
+    return path
+
+
+def model_fingerprint(name: str) -> str:
+    """Changes when the file behind a dropdown's entry does."""
+    path = None if name == DEFAULT else folder_paths.get_full_path(FOLDER, name)
+    if path is None:
+        return name
+    stat = os.stat(path)
+    return f"{path}:{stat.st_mtime_ns}:{stat.st_size}"
+
+
+# the host MODEL
+
+
+# RigCondition's fields under the names that travel in a CONDITIONING
+FIELDS = ("rig_physical", "rig_code", "rig_gain", "rig_offset")
+
+
+class PixelLatent(comfy.latent_formats.LatentFormat):
+    """RGB in -1..1 as a latent of three channels."""
+
+    scale_factor = 1.0
+    latent_channels = 3
+
+    def __init__(self):
+        self.latent_rgb_factors = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+
+
+class _Config(comfy.supported_models_base.BASE):
+    unet_config = {}
+    unet_extra_config = {}
+    latent_format = PixelLatent
+    # the host calls a beta schedule that is linear in beta "sqrt_linear"
+    sampling_settings = {
+        "beta_schedule": "sqrt_linear",
+        "linear_start": 1e-4,
+        "linear_end": 0.02,
+        "timesteps": 1000,
+    }
+    supported_inference_dtypes = [torch.float32]
+    memory_usage_factor = 0.1
+
+
+class _Denoiser(nn.Module):
+    """Our network under the host's calling convention. x is x_t, t the timestep 0..999."""
+
+    def __init__(self, rig: nn.Module):
+        super().__init__()
+        self.rig = rig
+        self.dtype = next(rig.parameters()).dtype
+
+    def forward(self, x, t, **kwargs):
+        if FIELDS[0] not in kwargs:
+            raise ValueError("this MODEL is a DiffusionRig: give it the conditioning of DiffusionRig Condition")
+        return self.rig(x, t, RigCondition(*[kwargs[f] for f in FIELDS]))
+
+
+class RigModel(comfy.model_base.BaseModel):
+    """DiffusionRig as the host sees a diffusion model, so that its samplers run on it."""
+
+    def __init__(self, rig: nn.Module, meta: dict, device: torch.device):
+        config = _Config({"disable_unet_model_creation": True})
+        super().__init__(config, comfy.model_base.ModelType.EPS, device=device)
+        self.diffusion_model = _Denoiser(rig)
+        self.meta = meta
+
+    def extra_conds(self, **kwargs):
+        kinds = [comfy.conds.CONDNoiseShape] + [comfy.conds.CONDRegular] * 3
+        given = [(f, kind) for f, kind in zip(FIELDS, kinds, strict=True) if f in kwargs]
+        return {f: kind(kwargs[f].to(kwargs["device"])) for f, kind in given}
+
+
+def rig_model(rig: nn.Module, meta: dict):
+    """A host MODEL (ModelPatcher) around a DiffusionRig."""
+    offload = mm.unet_offload_device()
+    model = RigModel(rig.eval().requires_grad_(False), meta, offload)
+    return comfy.model_patcher.ModelPatcher(model, load_device=mm.get_torch_device(), offload_device=offload)
+
+
+def loaded_rig(model) -> nn.Module:
+    """The DiffusionRig inside a MODEL, on the working device. Raises ValueError for another kind of MODEL."""
+    if not isinstance(getattr(model, "model", None), RigModel):
+        raise ValueError("'model' is not a DiffusionRig: connect the MODEL of Load DiffusionRig")
+    mm.load_models_gpu([model])
+    return model.model.diffusion_model.rig
+
+
+def conditioning(condition: RigCondition) -> list:
+    """CONDITIONING for the host's samplers and ours. Its first item, the text, is not used."""
+    values = (condition.physical, condition.code, condition.gain, condition.offset)
+    return [[torch.zeros(1, 1, 1), {f: result(v) for f, v in zip(FIELDS, values, strict=True)}]]
+
+
+def condition(conditioning: list) -> RigCondition:
+    """The inverse of `conditioning`, on the working device. Raises ValueError for a foreign CONDITIONING."""
+    fields = conditioning[0][1] if conditioning else {}
+    if FIELDS[0] not in fields:
+        raise ValueError("'conditioning' is not from DiffusionRig Condition: connect that node's output")
+    return RigCondition(*[fields[f].to(device()) for f in FIELDS])
+
+
+def noise_latent(x_T: Tensor) -> dict:
+    """LATENT of inverted noise [B,3,H,W] of unit variance; marked, since it is no picture."""
+    return {"samples": result(x_T), "face_rig_noise": True}
+
+
+def noise(latent: dict) -> Tensor:
+    """The inverse of `noise_latent`. Raises ValueError for a LATENT that is none."""
+    if not latent.get("face_rig_noise"):
+        raise ValueError("'noise' is not from DDIM Invert: a picture's latent holds no noise, connect that node")
+    return latent["samples"]

@@ -1,0 +1,110 @@
+"""Edits of the face: Edit Face, Move Photo."""
+
+from comfy_api.latest import io, ui
+
+from ..rig_core import pipeline, warp
+from . import host, sockets
+
+# slider -> tooltip, the head's named shapes and their weights at 1
+EXPRESSIONS = {
+    "smile": (
+        "Corners of the mouth up",
+        {"mouthSmile_L": 1.0, "mouthSmile_R": 1.0, "cheekSquint_L": 0.4, "cheekSquint_R": 0.4},
+    ),
+    "frown": ("Corners of the mouth down", {"mouthFrown_L": 1.0, "mouthFrown_R": 1.0}),
+    "raise_brows": (
+        "Brows up",
+        {"browInnerUp_L": 1.0, "browInnerUp_R": 1.0, "browOuterUp_L": 1.0, "browOuterUp_R": 1.0},
+    ),
+    "lower_brows": ("Brows down and together", {"browDown_L": 1.0, "browDown_R": 1.0}),
+    "blink": ("Upper lids closed", {"eyeBlink_L": 1.0, "eyeBlink_R": 1.0}),
+    "squint": ("Eyes narrowed", {"eyeSquint_L": 1.0, "eyeSquint_R": 1.0}),
+    "wide_eyes": ("Eyes wide open", {"eyeWide_L": 1.0, "eyeWide_R": 1.0}),
+    "pucker": ("Lips as for a kiss", {"mouthPucker": 1.0}),
+    "puff_cheeks": ("Cheeks blown up", {"cheekPuff_L": 1.0, "cheekPuff_R": 1.0}),
+    "sneer": ("Nose wrinkled", {"noseSneer_L": 1.0, "noseSneer_R": 1.0}),
+}
+
+
+def _degrees(name, most, tooltip):
+    return io.Float.Input(
+        name, default=0.0, min=-most, max=most, step=0.5, tooltip=tooltip + " Added to the photo's own; 0 changes nothing."
+    )
+
+
+class EditFace(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FaceRig_EditFace",
+            display_name="Edit Face",
+            category="Face Rig/rig",
+            description="Turns the head, opens the jaw, moves the eyes, changes the expression.",
+            inputs=[
+                sockets.FaceModel.Input("face_model", tooltip="The one that the face was fitted with."),
+                sockets.FaceCode.Input("face_code", tooltip="From Fit to Landmarks."),
+                _degrees("yaw", 90.0, "Degrees; above 0 turns the face to the right of the picture. Good: -25..25."),
+                _degrees("pitch", 60.0, "Degrees; above 0 lifts the chin. Good: -15..15."),
+                _degrees("roll", 180.0, "Degrees; above 0 tilts the head counter-clockwise. Good: -20..20."),
+                _degrees("jaw", 30.0, "Degrees; above 0 opens the mouth. Good: 0..20."),
+                _degrees("gaze_x", 40.0, "Degrees; above 0 looks to the right of the picture. Good: -20..20."),
+                _degrees("gaze_y", 30.0, "Degrees; above 0 looks up. Good: -15..15."),
+                *[
+                    io.Float.Input(
+                        name,
+                        default=0.0,
+                        min=-1.0,
+                        max=1.5,
+                        step=0.05,
+                        tooltip=f"{what}: 1 is all the way, 0 changes nothing, below 0 the opposite. Good: 0..1.",
+                    )
+                    for name, (what, _) in EXPRESSIONS.items()
+                ],
+            ],
+            outputs=[sockets.FaceCode.Output(display_name="face_code", tooltip="The edited face.")],
+        )
+
+    @classmethod
+    def execute(cls, face_model, face_code, yaw, pitch, roll, jaw, gaze_x, gaze_y, **sliders):
+        shapes = {}
+        for slider, amount in sliders.items():
+            for name, weight in EXPRESSIONS[slider][1].items() if amount else ():
+                shapes[name] = shapes.get(name, 0.0) + weight * amount
+        head, code = host.head(face_model), face_code.to(host.device())
+        return io.NodeOutput(
+            host.result(pipeline.turn(head, code, yaw, pitch, roll, jaw, (gaze_x, gaze_y), **shapes))
+        )
+
+
+class MovePhoto(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FaceRig_MovePhoto",
+            display_name="Move Photo",
+            category="Face Rig/rig",
+            description=(
+                "Moves the aligned photo along with an edited head, so that DDIM Invert starts from a photo that "
+                "already has the new pose. Only needed after Edit Face."
+            ),
+            inputs=[
+                sockets.FaceModel.Input("face_model", tooltip="The one that the face was fitted with."),
+                io.Image.Input("image", tooltip="The aligned photo."),
+                sockets.FaceCode.Input("source", tooltip="The face as fitted to the photo."),
+                sockets.FaceCode.Input("target", tooltip="The face from Edit Face."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="moved", tooltip="The photo in the new pose, with smears where it showed nothing."),
+                io.Mask.Output(display_name="hidden", tooltip="White where the photo did not show the head: for Conditioned Sample."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, face_model, image, source, target):
+        x, n = host.pictures(image, "image"), max(len(image), len(source), len(target))
+        source, target = (host.repeat(c, n, s).to(x.device) for c, s in ((source, "source"), (target, "target")))
+        if tuple(x.shape[2:]) != tuple(source.size):
+            raise ValueError(f"'image' is {x.shape[3]} px wide, 'source' was fitted at {source.size[1]}: connect the same picture")
+        grid, hidden = warp.flow(host.head(face_model), source, target)
+        out = host.image(warp.apply(host.repeat(x, n, "image"), grid))
+        return io.NodeOutput(out, host.mask(hidden), ui=ui.PreviewImage(out[:4], cls=cls))
