@@ -100,7 +100,7 @@ def _lanczos(image: Tensor, k: int) -> Tensor:
 
 
 def _warp(image: Tensor, matrix: Tensor, size: tuple[int, int], padding: str, kernel: str) -> Tensor:
-    """Sample image [B,C,h,w] at matrix @ (output pixel), by a bilinear, bicubic or lanczos kernel.
+    """Sample image [B,C,h,w] at matrix @ (output pixel), by a bilinear or lanczos kernel.
 
     Where it shrinks by f the image is box-averaged by a whole factor first and then sampled at k x k points a
     pixel, which are averaged: no aliasing, and memory stays within a few times the larger picture's.
@@ -119,12 +119,12 @@ def _warp(image: Tensor, matrix: Tensor, size: tuple[int, int], padding: str, ke
     k = min(8, max(4, 2 * math.ceil(rest))) if lanczos else max(1, min(8, round(rest)))
     like = {"dtype": image.dtype, "device": image.device}
     y, x = ((torch.arange((n + 2 * margin) * k, **like) + 0.5) / k - 0.5 - margin for n in size)
-    a = matrix.to(image)[:, None, None]
-    at = a[..., :2, 0] * x[:, None] + (a[..., :2, 1] * y[:, None, None] + a[..., :2, 2])
-    extent = torch.tensor([image.shape[3], image.shape[2]], **like)
-    grid = (2 * at + 1) / (extent * m) - 1  # -1 and 1 are the picture's edges
-    mode = "bicubic" if kernel == "bicubic" and rest < 1 else "bilinear"
-    out = F.grid_sample(image, grid, mode, padding, align_corners=False)
+    # in grid_sample's coordinates, -1 and 1 the picture's edges
+    half = torch.tensor([image.shape[3], image.shape[2]]).to(matrix) * (m / 2)
+    a = (matrix[:, :2] + matrix.new_tensor([0, 0, 0.5])) / half[:, None] - matrix.new_tensor([0, 0, 1])
+    a = a.to(image)[:, None, None]
+    grid = a[..., 0] * x[:, None] + (a[..., 1] * y[:, None, None] + a[..., 2])
+    out = F.grid_sample(image, grid, "bilinear", padding, align_corners=False)
     if lanczos:
         return _lanczos(out, k)
     return F.avg_pool2d(out, k) if k > 1 else out
@@ -162,13 +162,25 @@ class Crop(Batch):
         matrix = _inverse(self._for(image).matrix)
         return _warp(image, matrix, (self.size, self.size), self.padding, self.kernel)
 
-    def apply_inverse(self, image: Tensor, photo_size: tuple[int, int], kernel: str = "bicubic") -> Tensor:
-        """Crop [B,C,s,s] -> [B,C,H,W], 0 outside the crop; antialiased where it shrinks."""
+    def apply_inverse(self, image: Tensor, photo_size: tuple[int, int]) -> Tensor:
+        """Crop [B,C,s,s] -> [B,C,H,W]: bicubic, antialiased where it shrinks, border repeated beyond."""
+        self._fits(image)
+        crop, image = self._for(image)._finer(image)
+        return crop._back(image, photo_size)
+
+    def _back(self, image: Tensor, photo_size: tuple[int, int]) -> Tensor:
+        return _warp(image, self.matrix, photo_size, "border", "bilinear")
+
+    def _finer(self, image: Tensor, mode: str = "bicubic") -> tuple[Crop, Tensor]:
+        """The crop up to four times finer, if the photo is: bilinear sampling of it is cheap and smooth."""
+        times = max(1, min(4, int(torch.linalg.det(self.matrix[:, :2, :2].cpu()).abs().max() ** -0.5)))
+        if times == 1:
+            return self, image
+        return self.resized(self.size * times), F.interpolate(image, scale_factor=times, mode=mode)
+
+    def _fits(self, image: Tensor) -> None:
         if image.shape[2:] != (self.size, self.size):
             raise ValueError(f"the crop is {self.size} px square, got a picture of {list(image.shape)}")
-        matrix = self._for(image).matrix
-        inside = _warp(torch.ones_like(image[:, :1]), matrix, photo_size, "zeros", "bilinear")
-        return _warp(image, matrix, photo_size, "border", kernel) * (inside > 0.499)
 
     def apply_points(self, points: Tensor) -> Tensor:
         """Photo pixels [B,N,2] -> crop pixels."""
@@ -265,7 +277,7 @@ def _blur(mask: Tensor, radius: int) -> Tensor:
 
 
 def soft_mask(mask: Tensor | None, crop: Crop, soft: float = 0.06) -> Tensor:
-    """Weight of the edit in the crop, [B,1,s,s], 0..1: falls smoothly to 0 INSIDE the mask and inside the crop.
+    """Weight of the edit in the crop, [B,1,s,s], 0..1, falling smoothly to 0 INSIDE the mask and the crop.
 
     mask [B,1,s,s], 1 = edit, None for the whole crop; soft: width of the edge in crop sides.
     """
@@ -274,7 +286,8 @@ def soft_mask(mask: Tensor | None, crop: Crop, soft: float = 0.06) -> Tensor:
         mask = torch.ones(1, 1, s, s, device=crop.matrix.device)
     if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2:] != (s, s):
         raise ValueError(f"the mask must be [B,1,{s},{s}], as the crop, got {list(mask.shape)}")
-    mask = mask.float().clamp(0, 1)
+    # eroded by a pixel, so that interpolation does not leave it
+    mask = -F.max_pool2d(-mask.float().clamp(0, 1), 3, 1, 1)
     at = torch.arange(s, device=mask.device, dtype=mask.dtype)
     edge = (torch.minimum(at, s - 1 - at) / max(soft * s, 1)).clamp(0, 1)
     mask = torch.minimum(mask, torch.minimum(edge[:, None], edge))
@@ -294,17 +307,20 @@ def _region(crop: Crop, size: tuple[int, int]) -> tuple[int, int, int, int]:
     return max(y0, 0), min(y1, size[0]), max(x0, 0), min(x1, size[1])
 
 
-def _carry(photo: Tensor, edited: Tensor, original: Tensor, back, mode: str) -> tuple[Tensor, Tensor]:
-    """The edited photo and a map of what changed at all. back: crop -> photo region."""
-    if mode == "replace":
-        return back(edited), back((edited != original).any(1, keepdim=True).float()) > 0
-    if mode == "difference":
-        delta = back(edited - original)
-        return photo + delta, (delta != 0).any(1, keepdim=True)
-    black = 0.01  # keeps the ratio of two near-black pixels near 1
-    stops = back(((to_linear(edited) + black) / (to_linear(original) + black)).log2())
-    changed = (stops != 0).any(1, keepdim=True)
-    return to_display((to_linear(photo) + black) * stops.exp2() - black), changed
+_BLACK = 0.01  # linear light added before a ratio: two near-black pixels have a ratio near 1
+
+
+def _change(edited: Tensor, original: Tensor, mode: str) -> Tensor:
+    """What paste_back carries, [B,3,s,s]: stops of linear light, a difference, or the edit itself."""
+    if mode == "ratio":
+        return ((to_linear(edited) + _BLACK) / (to_linear(original) + _BLACK)).log2()
+    return edited - original if mode == "difference" else edited
+
+
+def _carry(photo: Tensor, change: Tensor, mode: str) -> Tensor:
+    if mode == "ratio":
+        return to_display((to_linear(photo) + _BLACK) * change.exp2() - _BLACK)
+    return photo + change if mode == "difference" else change
 
 
 def paste_back(
@@ -323,7 +339,7 @@ def paste_back(
     original [B,3,s,s] the crop before the edit, crop.apply(photo) when None. Give what the model makes of the
              unedited face to leave its reconstruction error out
     mode     "ratio": the photo's linear light is multiplied by edited / original, for light, sharp at any size;
-             "difference": their difference is added; "replace": the edited crop itself, for a new pose
+             "difference": their difference is added; "replace": the edited crop itself (poses)
     Pixels outside the mask, and wherever edited equals original, come back bit for bit.
     Convention: ratios are taken in linear light, in stops, so that halving and doubling interpolate alike.
     """
@@ -340,12 +356,17 @@ def paste_back(
     y0, y1, x0, x1 = _region(crop, photo.shape[2:])
     if y0 >= y1 or x0 >= x1:
         return photo.clone()
-    shift = torch.tensor([[1, 0, x0], [0, 1, y0], [0, 0, 1]]).to(crop.matrix)
-    local, size = crop.replace(matrix=crop.matrix @ shift), (y1 - y0, x1 - x0)
-    weight = local.apply_inverse(soft_mask(mask, crop, soft).expand(len(photo), 1, -1, -1), size, "bilinear")
-    part = photo[:, :, y0:y1, x0:x1]
-    new, changed = _carry(part, edited, original, lambda x: local.apply_inverse(x, size), mode)
-    blend = torch.lerp(part, new.clamp(0, 1), weight)
+    weight = soft_mask(mask, crop, soft).to(photo.device).expand(len(photo), 1, -1, -1)
+    differs = (edited != original).any(1, keepdim=True).to(edited)
+    plain, maps = crop._finer(torch.cat([weight, differs], 1), "bilinear")
+    maps = torch.cat([maps, crop._finer(_change(edited, original, mode))[1]], 1)
     out = photo.clone()
-    out[:, :, y0:y1, x0:x1] = torch.where(changed & (weight > 0), blend, part)
+    rows = max(1, 2**18 // (x1 - x0))  # strips stay in the cache, and a large photo's memory bounded
+    for y in range(y0, y1, rows):
+        part = out[:, :, y : min(y + rows, y1), x0:x1]
+        shift = torch.tensor([[1, 0, x0], [0, 1, y], [0, 0, 1]]).to(crop.matrix)
+        sampled = plain.replace(matrix=plain.matrix @ shift)._back(maps, part.shape[2:])
+        w, differs, change = sampled.split([1, 1, 3], 1)
+        blend = torch.lerp(part, _carry(part, change, mode).clamp(0, 1), w)
+        part.copy_(torch.where((differs > 0) & (w > 0), blend, part))
     return out
