@@ -345,7 +345,7 @@ def paste_back(
     """
     if mode not in ("ratio", "difference", "replace"):
         raise ValueError(f"paste_back mode must be ratio, difference or replace, got {mode!r}")
-    original = crop.apply(photo) if original is None else original
+    original = crop.apply(photo).clamp(0, 1) if original is None else original
     want = [len(photo), 3, crop.size, crop.size]
     for name, x in (("edited", edited), ("original", original)):
         if list(x.shape) != want:
