@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # orthonormal real spherical harmonics, without the band weights
@@ -84,8 +86,8 @@ def rotate(light: Tensor, rotation: Tensor) -> Tensor:
     """Turn a light, exactly: light [B,9,3], rotation [B,3,3] or [3,3] -> [B,9,3].
 
     Convention: the light itself turns, shade(R n, rotate(light, R)) = shade(n, light). Band 1 is a vector v,
-    band 2 a traceless symmetric matrix Q (shading n'Qn), so the result is R v and R Q R'. Turning the head by R
-    under a fixed light, seen from the head, is rotate(light, R.T).
+    band 2 a traceless symmetric matrix Q (shading n'Qn), so the result is R v and R Q R'. Turning the head by
+    R under a fixed light, seen from the head, is rotate(light, R.T).
     """
     if rotation.shape[-2:] != (3, 3):
         raise ValueError(f"rotation must be [B,3,3], got {list(rotation.shape)}")
@@ -102,7 +104,7 @@ def rotate(light: Tensor, rotation: Tensor) -> Tensor:
 
 
 def _lamp(direction: Tensor) -> Tensor:
-    """A point-like lamp that shades 1 where faced: [...,3] unit -> [...,9], bands 0-2 of the clamped cosine."""
+    """A point-like lamp that shades 1 where faced: unit [...,3] -> [...,9], the clamped cosine's bands."""
     return basis(direction) * direction.new_tensor([math.pi, *[1 / b for b in _BAND[1:]]])
 
 
@@ -220,3 +222,241 @@ def direction(light: Tensor, mean: Tensor | None = None) -> Tensor:
     length = v.norm(dim=1, keepdim=True)
     front = v.new_tensor([0.0, 0.0, 1.0]).expand_as(v)
     return torch.where(length > 1e-6, v / length.clamp_min(1e-6), front)
+
+
+def from_angles(azimuth: Tensor, elevation: Tensor) -> Tensor:
+    """Degrees [B], [B] -> unit directions [B,3].
+
+    Convention: azimuth 0 is the camera's side, 90 the right of the picture, 180 behind; elevation 90 above.
+    """
+    a, e = azimuth * (math.pi / 180), elevation * (math.pi / 180)
+    return torch.stack([a.sin() * e.cos(), e.sin(), a.cos() * e.cos()], 1)
+
+
+def mix(lights: list[Tensor], weights: list[float] | Tensor) -> Tensor:
+    """Weighted sum of lights [B,9,3]; the weights are used as they are.
+
+    Convention: with weights that add to 1 this blends display-space lights. To switch two lamps on at once, mix
+    what decode_light makes of them and encode the sum.
+    """
+    if len(lights) == 0 or len(lights) != len(weights):
+        raise ValueError(
+            f"mix wants a weight for each light, got {len(lights)} lights, {len(weights)} weights"
+        )
+    return sum(w * _check_light(light) for w, light in zip(weights, lights))
+
+
+def interpolate(a: Tensor, b: Tensor, w: Tensor, spherical: bool = False) -> Tensor:
+    """Lights a to b, [1,9,3] or [n,9,3], at w [n] (0 gives a) -> [n,9,3].
+
+    Convention: linear, or DiFaReli's slerp: the angle between the 27-vectors, applied to the vectors as
+    they are. Equal directions, where the official slerp is NaN, fall back to linear.
+    """
+    w = w.to(_check_light(a)).reshape(-1, 1, 1)
+    line = torch.lerp(a, _check_light(b).to(a), w)
+    if not spherical:
+        return line
+    cos = F.cosine_similarity(a.flatten(1), b.flatten(1).to(a), dim=1).clamp(-1, 1)[:, None, None]
+    angle = cos.acos()
+    sin = angle.sin()
+    arc = (((1 - w) * angle).sin() * a + (w * angle).sin() * b.to(a)) / sin.clamp_min(1e-12)
+    return torch.where(sin > 1e-3, arc, line)
+
+
+# --- a light from a photo -------------------------------------------------------------------------
+
+
+@functools.cache
+def _dictionary() -> Tensor:
+    """Lamps at 160 directions and the ambient, as lights: [161,9] float64."""
+    ambient = torch.zeros(1, 9, dtype=torch.float64)
+    ambient[0, 0] = 1 / _Y0
+    return torch.cat([_lamp(fibonacci(160)), ambient])
+
+
+def _nonnegative(moment: Tensor, target: Tensor, atoms: Tensor, w: Tensor, iterations: int) -> Tensor:
+    """min 1/2 l'Ml - t'l over lights l = atoms' w, w >= 0: FISTA (Beck & Teboulle 2009) with restarts.
+
+    moment [P,9,9], target [P,9], atoms [K,9], w [P,K] to start from -> w [P,K].
+    """
+    root = torch.linalg.cholesky((atoms.T @ atoms).cpu()).to(atoms)
+    step = 1 / torch.linalg.matrix_norm(root.T @ moment @ root).clamp_min(1e-12)[:, None]
+    v, t = w, torch.ones_like(step)
+    for _ in range(iterations):
+        slope = torch.bmm(moment, (v @ atoms)[..., None])[..., 0] - target
+        new = torch.relu(v - step * (slope @ atoms.T))
+        t = torch.where(((v - new) * (new - w)).sum(1, keepdim=True) > 0, torch.ones_like(t), t)
+        grown = (1 + (1 + 4 * t * t).sqrt()) / 2
+        v, w, t = new + (t - 1) / grown * (new - w), new, grown
+    return w
+
+
+def fit(normal: Tensor, albedo: Tensor, image: Tensor, mask: Tensor, rounds: int = 3) -> Tensor:
+    """The light of a photo: image = albedo x shading -> [B,9,3], robust, non-negative.
+
+    normal [B,3,H,W], albedo and image [B,3,H,W] in display space, mask [B,1,H,W] weights 0..1.
+    Plain least squares goes negative off the observed normals; here each channel is a non-negative sum of 160
+    lamps and an ambient, projected onto the basis. Only the 9 x 9 moments of the pixels enter. rounds of
+    re-weighting (Cauchy, scale from the median residual) leave specular and shadow out; 0 for none.
+    Convention: display space, so the result goes straight into shade. Raises ValueError on an empty mask.
+    """
+    b, _, h, w = normal.shape
+    for name, x, c in (("albedo", albedo, 3), ("image", image, 3), ("mask", mask, 1)):
+        if x.shape != (b, c, h, w):
+            raise ValueError(f"fit: {name} must be [{b},{c},{h},{w}], as the normals, got {list(x.shape)}")
+    for name, x in (("normal", normal), ("albedo", albedo), ("image", image), ("mask", mask)):
+        if not torch.isfinite(x).all():
+            raise ValueError(f"fit: {name} holds NaN or infinite values")
+    s = max(1, math.isqrt(h * w // 16384))  # about 128 x 128 pixels tell as much
+    n, rho, y, m = (x[:, :, ::s, ::s].flatten(2) for x in (normal, albedo, image, mask))
+    if not (m.sum((1, 2)) > 0).all():
+        raise ValueError("fit: the mask of a picture is empty, there is no pixel to read the light from")
+    phi = basis(F.normalize(n.transpose(1, 2), dim=2))[:, None]  # [B,1,N,9]
+    atoms = _dictionary().to(phi)
+    weight, k = m, y.new_zeros(b * 3, len(atoms))
+    for i in range(rounds + 1):
+        x = rho[..., None] * phi
+        xw = (weight[..., None] * x).transpose(2, 3)
+        moment, target = xw @ x, (xw @ y[..., None])[..., 0]
+        size = moment.diagonal(dim1=2, dim2=3).sum(-1)[..., None].clamp_min(1e-12)
+        moment, target = (moment / size[..., None]).flatten(0, 1), (target / size).flatten(0, 1)
+        k = _nonnegative(moment, target, atoms, k, 300 if i == rounds else 100)
+        light = (k @ atoms).unflatten(0, (b, 3)).transpose(1, 2)
+        if i < rounds:
+            r = (y - rho * (phi[:, 0] @ light).transpose(1, 2)).abs().mean(1, keepdim=True)
+            seen = torch.where(m > 0, r, torch.full_like(r, float("nan")))
+            scale = 2.5 * seen.nanmedian(2, keepdim=True).values + 0.01
+            weight = m / (1 + (r / scale) ** 2)
+    return light
+
+
+# --- a light for a model --------------------------------------------------------------------------
+
+DECA_MEAN = (3.65, 0.13, 0.14, -0.38, -0.02, -0.11, 0.16, 0.19, 0.25)
+DECA_STD = (0.33, 0.32, 0.12, 0.12, 0.21, 0.21, 0.31, 0.27, 0.22)
+
+
+class Preset(NamedTuple):
+    """Angles in degrees as in from_angles, the rest as in from_direction."""
+
+    azimuth: float
+    elevation: float
+    softness: float = 0.1
+    intensity: float = 1.0
+    ambient: float = 0.25
+    colour: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+
+PRESETS = {
+    "rembrandt": Preset(45, 40, 0.1, 1.2, 0.15),
+    "butterfly": Preset(0, 50, 0.15, 1.1, 0.2),
+    "split left": Preset(-90, 5, 0.05, 1.3, 0.1),
+    "split right": Preset(90, 5, 0.05, 1.3, 0.1),
+    "rim": Preset(150, 30, 0.05, 1.6, 0.15),
+    "overcast": Preset(0, 80, 1.0, 0.8, 0.5, (0.95, 1.0, 1.05)),
+    "golden hour": Preset(65, 12, 0.05, 1.2, 0.2, (1.0, 0.72, 0.42)),
+    "candle from below": Preset(15, -45, 0.2, 1.0, 0.06, (1.0, 0.6, 0.28)),
+}
+
+
+def _bounded(base: Tensor, wanted: Tensor, std: Tensor, z_max: float, floor: float) -> Tensor:
+    """base + wanted [B,9,3], wanted shrunk: each band to |z| <= z_max, then all until shading >= floor.
+
+    One factor for a whole band keeps direction and colour. The face: normals within 90 degrees of the viewer.
+    """
+    z = wanted.abs() / std
+    band1 = (z_max / z[:, 1:4].amax((1, 2), keepdim=True).clamp_min(1e-6)).clamp_max(1)
+    band2 = (z_max / z[:, 4:].amax((1, 2), keepdim=True).clamp_min(1e-6)).clamp_max(1)
+    wanted = torch.cat(
+        [wanted[:, :1], band1 * wanted[:, 1:4], torch.minimum(band1, band2) * wanted[:, 4:]], 1
+    )
+    sphere = fibonacci(512).to(wanted)
+    visible = basis(sphere[sphere[:, 2] >= 0])
+    room, change = visible @ base - floor, visible @ wanted
+    share = torch.where(change < 0, room.clamp_min(0) / (-change).clamp_min(1e-9), torch.ones_like(change))
+    return base + share.amin((1, 2), keepdim=True).clamp(0, 1) * wanted
+
+
+def _base(light: Tensor, level: Tensor, mean: Tensor, std: Tensor, z_max: float) -> Tensor:
+    """The prior's flat light at the constant term `level` [B,1,3] times the source's, within z_max."""
+    constant = (light[:, :1] * level).clamp(mean[:1] - z_max * std[:1], mean[:1] + z_max * std[:1])
+    return torch.cat([constant, mean[None, 1:] * (constant / mean[:1])], 1)
+
+
+def _prior(light: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.as_tensor(m).to(light) for m in (mean, std))
+    if mean.shape != (9, 3) or std.shape != (9, 3) or not (std > 0).all() or not (mean[0] > 0).all():
+        raise ValueError(
+            "a light prior is a mean [9,3] with a positive constant term and a std [9,3] above 0"
+        )
+    return mean, std
+
+
+def aim(
+    light: Tensor,
+    direction: Tensor,
+    strength,
+    mean,
+    std,
+    z_max: float = 2.5,
+    softness=0.0,
+    floor: float = 0.03,
+):
+    """Light from a direction, as the model that learned the prior knows it: [B,9,3].
+
+    light     [B,9,3] of the photo: its constant terms (level and colour) stay, within z_max of the prior
+    direction [B,3] towards the source
+    strength  0..1 or [B]: share of z_max that the directional part may use; 0 is the prior's flat light
+    mean, std [9,3] of the model's own lights (a head's light_mean, light_std)
+    Convention: estimated lights are not physical (DECA's have a dark centre and a bright rim), so the lamp's
+    bands 1 and 2 are ADDED to the prior's mean, as far as their z-scores stay below z_max and shading on
+    visible normals stays above floor.
+    """
+    _check_light(light)
+    mean, std = _prior(light, mean, std)
+    d = _directions(direction.to(light)).expand(len(light), 3)
+    lamp = from_direction(d, softness=softness) / from_direction(d)[:, 1:4].abs().amax((1, 2), keepdim=True)
+    lamp = torch.cat([torch.zeros_like(lamp[:, :1]), lamp[:, 1:]], 1)
+    full = _bounded(torch.zeros_like(lamp), 1e3 * lamp, std, z_max, floor=-1e9)
+    strength = torch.as_tensor(strength, dtype=light.dtype, device=light.device).clamp(0, 1).reshape(-1, 1, 1)
+    base = _base(light, torch.ones_like(light[:, :1]), mean, std, z_max)
+    return _bounded(base, strength * full, std, z_max, floor)
+
+
+def edit(
+    light: Tensor,
+    azimuth,
+    elevation,
+    intensity=1.0,
+    ambient=0.25,
+    colour=(1.0, 1.0, 1.0),
+    softness=0.1,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    raw: bool = False,
+    z_max: float = 2.5,
+) -> Tensor:
+    """The light of a lamp and a fill, put where the user drags it: [B,9,3] in display space.
+
+    light     [B,9,3] of the photo, sets level and colour (not with raw)
+    azimuth, elevation  degrees, numbers or [B], see from_angles
+    intensity, ambient, colour, softness  physical, linear, see from_direction
+    mean, std [9,3] the light prior of the head; without them, or with raw, the physical light itself comes back
+    Convention: the physical light is encoded to display space. Its contrast (bands 1 and 2 over the
+    constant) is brought into the prior as in `aim`, and its level, against intensity 1 and ambient 0.25,
+    scales the photo's.
+    """
+    _check_light(light)
+    angles = (
+        torch.as_tensor(v, dtype=light.dtype, device=light.device).reshape(-1) for v in (azimuth, elevation)
+    )
+    d = from_angles(*(a.expand(len(light)) for a in angles))
+    target = encode_light(from_direction(d, intensity, colour, softness, ambient))
+    if raw or mean is None or std is None:
+        return target
+    mean, std = _prior(light, mean, std)
+    reference = encode_light(from_direction(d, 1.0, softness=softness, ambient=0.25))[:, :1]
+    base = _base(light, target[:, :1] / reference, mean, std, z_max)
+    grey = luminance(target)[:, :1, None]
+    contrast = target / grey * luminance(base)[:, :1, None]
+    return _bounded(base, torch.cat([torch.zeros_like(base[:, :1]), contrast[:, 1:]], 1), std, z_max, 0.03)
