@@ -64,7 +64,7 @@ class RigConfig:
     @property
     def channels(self) -> list[int]:
         """Channels of each level, finest first."""
-        return [int(self.width * m) for m in self.channel_mult]
+        return [round(self.width * m) for m in self.channel_mult]
 
     @property
     def stride(self) -> int:
@@ -78,27 +78,38 @@ class RigConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor], num_heads: int = 1) -> RigConfig:
+    def from_state_dict(
+        cls,
+        state: Mapping[str, Tensor],
+        image_size: int | None = None,
+        num_heads: int = 1,
+        dropout: float = 0.1,
+    ) -> RigConfig:
         """Read the architecture off keys and shapes. Raises ValueError when it is another network's.
 
-        Two things leave no trace in the weights: the number of heads (1 in the published models) and the
-        picture size. The finest attention is taken to be at 16 px as published; without any, the coarsest
-        level is taken to be 8 px.
+        Three things leave no trace in the weights: dropout, the number of heads (1 as published) and the
+        picture size. When it is None, the finest attention is taken to be at 16 px as published;
+        without any, the coarsest level is taken to be 8 px.
         """
         u = "denoisingUNet."
+        places = [m for k in state if (m := re.match(rf"{u}output_blocks\.(\d+)\.(\d)\.(\w+)", k))]
+        count = len({m[1] for m in places})
+        # each level's last block on the way up holds a second residual block, which doubles the size
+        ups = [int(m[1]) for m in places if m[2] != "0" and m[3] == "in_layers"]
+        n = min(ups, default=count - 1)
+        starts = range(1, count + 1, n + 1)
         try:
             width = state[f"{u}time_embed.0.weight"].shape[1]
             latent_dim, top = state["encoder.fc.weight"].shape
-            last = max(int(m[1]) for k in state if (m := re.match(rf"{u}output_blocks\.(\d+)\.", k)))
-            # each level's last block on the way up holds a second residual block, which doubles the size
-            ups = [int(m[1]) for k in state if (m := re.match(rf"{u}output_blocks\.(\d+)\.[12]\.in_lay", k))]
-            n = min(ups, default=last)
-            starts = range(1, last + 1, n + 1)
-            widths = [state[f"{u}input_blocks.{i}.0.out_layers.3.weight"].shape[0] for i in starts]
+            widths = [
+                state[f"{u}input_blocks.{i}.0.out_layers.3.weight"].shape[0] for i in starts if i <= count
+            ]
         except (KeyError, IndexError, ValueError) as e:
             raise ValueError(f"not the weights of a DiffusionRig denoiser: {e} is missing or odd") from e
+        if n < 1 or not widths or not width or count % (n + 1):
+            raise ValueError("not the weights of a DiffusionRig denoiser: blocks are missing")
         attn = [f"{u}input_blocks.{i}.1.qkv.weight" in state for i in starts]
-        size = 16 << attn.index(True) if any(attn) else 8 << (len(widths) - 1)
+        size = image_size or (16 << attn.index(True) if any(attn) else 8 << (len(widths) - 1))
         mult = [w / width for w in widths]
         return cls(
             image_size=size,
@@ -109,6 +120,7 @@ class RigConfig:
             num_heads=num_heads,
             latent_dim=latent_dim,
             encoder_width=top // 8,
+            dropout=dropout,
         )
 
 
@@ -324,7 +336,7 @@ class DiffusionRig(nn.Module):
             raise ValueError(f"picture sides must be multiples of {s}, got {size[0]} x {size[1]}")
         if list(condition.physical.shape[2:]) != size:
             raise ValueError(
-                f"buffers are {list(condition.physical.shape[2:])}, the picture is {size}: render them at its size"
+                f"buffers are {list(condition.physical.shape[2:])}, the picture is {size}: render at its size"
             )
         c = condition.expand(b)
         x = _packed(torch.cat([x_t.to(self.dtype), c.physical.to(self.dtype)], 1))

@@ -1,0 +1,270 @@
+"""Files of weights: ours (.safetensors) and the published ones (.pt), read without executing anything.
+
+Our files carry one JSON object under the metadata key "face_rig": its "kind" says what they are. Every
+file that cannot be used raises CheckpointError in one line: which file, what was expected, what was
+found, what to do. Files are written to a temporary name in the same folder, flushed and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .denoisers.rig import DiffusionRig, RigConfig
+from .heads.open_head import OpenHead
+from .unpickle import Refused
+from .unpickle import load as unpickle
+
+ASSETS = Path(__file__).parent / "assets"
+META = "face_rig"
+MAX_PICKLE = 64 * 2**20  # bytes of structure; the tensors are beside it
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be used; the message is one line for the user."""
+
+
+def load_head(path: str | Path | None = None) -> OpenHead:
+    """The open head of the pack, or of another file written by training/head.py."""
+    path = Path(path or ASSETS / "open_head.safetensors")
+    tensors, meta = read(path)
+    _require(path, "an open head", meta, "open_head", tensors, "python -m training.head makes one")
+    try:
+        return OpenHead.from_tensors(tensors, meta)
+    except (AttributeError, KeyError, RuntimeError, ValueError) as e:
+        raise CheckpointError(
+            f"{path}: the open head is incomplete ({_line(e)}): make or download it again"
+        ) from e
+
+
+def load_rig(
+    path: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[DiffusionRig, dict]:
+    """A DiffusionRig denoiser in evaluation mode and what its file says about it.
+
+    path: ours, or a published model*.pt (a bare state dict: 16 px attention and one head are assumed);
+    None takes the pack's own. meta: kind, config, head ("open" or "flame"), and whatever else was
+    given to `save_rig`, tensors included. The architecture is read off the weights.
+    """
+    path = Path(path or ASSETS / "diffusion_rig_128.safetensors")
+    tensors, meta = read(path)
+    advice = "choose a DiffusionRig file, or train one with python -m training.stage1"
+    if "kind" in meta or not any(k.startswith("denoisingUNet.") for k in tensors):
+        _require(path, "a DiffusionRig denoiser", meta, "diffusion_rig", tensors, advice)
+    else:
+        meta = {"kind": "diffusion_rig", "head": "flame"}
+    meta |= {k.removeprefix("meta."): tensors.pop(k) for k in list(tensors) if k.startswith("meta.")}
+    try:
+        known = meta.get("config", {})
+        known = {k: known[k] for k in ("image_size", "num_heads", "dropout") if k in known}
+        config = RigConfig.from_state_dict(tensors, **known)
+        with torch.device("meta"):
+            model = DiffusionRig(config)
+        _match(model.state_dict(), tensors)
+    except (AttributeError, RuntimeError, TypeError, ValueError, OverflowError) as e:
+        raise CheckpointError(f"{path}: not a usable DiffusionRig denoiser: {_line(e)}; {advice}") from e
+    broken = next((k for k, v in tensors.items() if not v.isfinite().all()), None)
+    if broken:
+        raise CheckpointError(
+            f"{path}: '{broken}' holds numbers that are not finite: use an earlier checkpoint"
+        )
+    ready = {k: v.to(device, dtype if v.is_floating_point() else None, copy=True) for k, v in tensors.items()}
+    model.load_state_dict(ready, assign=True)
+    meta["config"] = config.to_dict()
+    return model.requires_grad_(False).eval().to(memory_format=torch.channels_last), meta
+
+
+def save_rig(path: str | Path, model: DiffusionRig, meta: dict | None = None, half: bool = False) -> None:
+    """Write a denoiser so that `load_rig` gives it back with meta (JSON values and tensors).
+
+    half: matrices and kernels as float16, norms, biases and statistics as float32. They come back as
+    float32 holding exactly the stored values: weights within a factor 1 +- 2^-11 of the original
+    (3e-8 absolute for those below 6e-5), and saving again changes nothing.
+    """
+    tensors = dict(model.state_dict())
+    if half:
+        small = torch.finfo(torch.float16).max
+        tensors = {
+            k: v.half() if v.is_floating_point() and v.ndim > 1 and v.abs().max() < small else v
+            for k, v in tensors.items()
+        }
+    meta = dict(meta or {})
+    tensors |= {f"meta.{k}": v for k, v in meta.items() if isinstance(v, Tensor)}
+    plain = {k: v for k, v in meta.items() if not isinstance(v, Tensor)}
+    save(path, tensors, {"head": "open", **plain, "kind": "diffusion_rig", "config": model.config.to_dict()})
+
+
+def save(path: str | Path, tensors: dict[str, Tensor], meta: dict) -> None:
+    """Write tensors and a JSON-able meta to a .safetensors file, as a whole or not at all."""
+    path = Path(path)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    text = {META: json.dumps(meta)}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the user's umask gives
+        save_file(tensors, temporary, text)
+        os.chmod(temporary, mode)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # the new name itself
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors by name, and the meta that `save` was given (plain metadata or {} for other files).
+
+    The kind of file is told by its contents. Raises CheckpointError.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as f:
+            start = f.read(16)
+            size = os.fstat(f.fileno()).st_size
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be read ({e.strerror}): check the name and the folder") from e
+    if size == 0:
+        raise CheckpointError(f"{path}: the file is empty: copy or download it again")
+    if start.startswith(b"PK"):
+        return _read_torch(path, size), {}
+    if start[8:9] == b"{":
+        return _read_safetensors(path, size)
+    raise CheckpointError(f"{path}: expected .safetensors or a PyTorch .pt archive, found {_what(start)}")
+
+
+def _read_safetensors(path: Path, size: int) -> tuple[dict[str, Tensor], dict]:
+    try:
+        with safe_open(path, "pt") as f:
+            metadata = f.metadata() or {}
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, OSError, KeyError, ValueError, AttributeError) as e:
+        raise CheckpointError(
+            f"{path}: a damaged or cut .safetensors of {size} bytes ({_line(e)}): download it again"
+        ) from e
+    if META not in metadata:
+        return tensors, metadata
+    try:
+        meta = json.loads(metadata[META])
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(
+            f"{path}: its '{META}' metadata is no JSON ({_line(e)}): download it again"
+        ) from e
+    if not isinstance(meta, dict):
+        raise CheckpointError(f"{path}: its '{META}' metadata is no JSON object: download it again")
+    return tensors, meta
+
+
+def _read_torch(path: Path, size: int) -> dict[str, Tensor]:
+    """torch.save's zip archive: data.pkl (the structure) and data/<key> (one member a storage)."""
+    try:
+        with zipfile.ZipFile(path) as z:
+            tree = _read_archive(z, size)
+    except Refused as e:
+        raise CheckpointError(
+            f"{path}: refused {e}: a checkpoint may hold only tensors, arrays and dictionaries; "
+            f"nothing of the file was executed. Get it from its original source"
+        ) from e
+    except (
+        ValueError,
+        KeyError,
+        NotImplementedError,
+        RuntimeError,
+        OSError,
+        zipfile.BadZipFile,
+        EOFError,
+    ) as e:
+        raise CheckpointError(
+            f"{path}: a damaged or cut PyTorch archive of {size} bytes ({_line(e)}): download it again"
+        ) from e
+    if not isinstance(tree, dict) or not all(isinstance(v, Tensor) for v in tree.values()):
+        found = ", ".join(map(str, list(tree)[:4])) if isinstance(tree, dict) else type(tree).__name__
+        raise CheckpointError(f"{path}: expected a dictionary of tensors, found {found[:100]}: wrong file?")
+    return {str(k): v for k, v in tree.items()}
+
+
+def _read_archive(z: zipfile.ZipFile, size: int):
+    members = {i.filename: i for i in z.infolist()}
+    if any(i.compress_type != zipfile.ZIP_STORED for i in members.values()):
+        raise ValueError("its members are compressed, which torch.save never does")
+    # stored members that do not overlap cannot claim more than the file has
+    if len(members) != len(z.infolist()) or sum(i.file_size for i in members.values()) > size:
+        raise ValueError("its members claim more bytes than the file has")
+    pickles = [n for n in members if n.count("/") == 1 and n.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError("it holds no data.pkl")
+    root = pickles[0].removesuffix("data.pkl")
+    if members[pickles[0]].file_size > MAX_PICKLE:
+        raise ValueError("its data.pkl is too large")
+    if f"{root}byteorder" in members and z.read(f"{root}byteorder").strip() != b"little":
+        raise ValueError("it was written on a big-endian machine")
+    storages: dict[str, Tensor] = {}
+
+    def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
+        if key not in storages:
+            name = f"{root}data/{key}"
+            if name not in members:
+                raise ValueError(f"storage {key[:20]} is missing")
+            if members[name].file_size != count * dtype.itemsize:
+                raise ValueError(
+                    f"storage {key[:20]} claims {count} x {dtype}, has {members[name].file_size} bytes"
+                )
+            data = bytearray(z.read(name))
+            storages[key] = torch.frombuffer(data, dtype=dtype) if count else torch.empty(0, dtype=dtype)
+        found = storages[key]
+        if found.dtype != dtype or len(found) != count:
+            raise ValueError(f"storage {key[:20]} is claimed twice, differently")
+        return found
+
+    return unpickle(z.read(pickles[0]), storage)
+
+
+def _match(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Raise ValueError unless keys and shapes are the same."""
+    for k in wanted.keys() | found.keys():
+        if k not in found:
+            raise ValueError(f"'{k}' is missing")
+        if k not in wanted:
+            raise ValueError(f"'{k}' does not belong there")
+        if wanted[k].shape != found[k].shape:
+            raise ValueError(f"'{k}' is {list(found[k].shape)} instead of {list(wanted[k].shape)}")
+
+
+def _require(path: Path, wanted: str, meta: dict, kind: str, tensors: dict, advice: str) -> None:
+    if meta.get("kind") != kind:
+        found = (
+            f"kind '{meta['kind']}'" if "kind" in meta else f"tensors like '{next(iter(tensors), 'none')}'"
+        )
+        raise CheckpointError(f"{path}: expected {wanted}, found {found[:100]}: {advice}")
+
+
+def _what(start: bytes) -> str:
+    """A file that is neither, from its first bytes, and what to do about it."""
+    if start.startswith(b"version https://"):
+        return "a Git LFS pointer: run git lfs pull"
+    if start.lstrip()[:1] == b"<":
+        return "a web page: download the file itself"
+    if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04"):
+        return "a bare pickle, which is not read here: convert it, or choose another file"
+    if start[:2] == b"\x1f\x8b":
+        return "a gzip archive: unpack it first"
+    return "something else: choose another file, or copy or download it again"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
