@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from scipy.spatial import cKDTree
 
 from training import head_albedo, head_mesh
 
@@ -41,7 +42,7 @@ def pca(x: np.ndarray, weight: np.ndarray, share: float, most: int) -> tuple[np.
     total = np.cumsum(value) / value.sum()
     k = min(int(np.searchsorted(total, share)) + 1, most)
     modes = np.einsum("nk,nd->kd", vector[:, :k], x.reshape(n, -1)) / np.sqrt(n)
-    modes *= np.sign(modes.sum(1, keepdims=True))
+    modes *= np.sign((modes * np.repeat(weight, 3)).sum(1, keepdims=True))
     return modes.reshape(k, *x.shape[1:]).astype(np.float32), total
 
 
@@ -137,12 +138,38 @@ def contour_strips(points, faces, landmarks, size=24):
     edges, weights = np.zeros((17, size, 2), np.int64), np.zeros((17, size), np.float32)
     angle = np.pi + np.pi * np.interp(np.arange(17), [0, 4, 8, 12, 16], [0, 0.12, 0.5, 0.88, 1])
     outward = np.stack([np.cos(angle), np.sin(angle)], 1)
+    inner = (6.0, 6.0, 6.0, 5.5, 4.5, 3.5, 2.5, 1.5, 1.2)
     for i in range(17):
         back = 0.0 if i < 2 or i > 14 else 0.8 if 5 < i < 11 else 1.2
-        e, w = strip(points, faces, landmarks[i], outward[i], 1.2 if 6 < i < 10 else 6.0, back)
+        e, w = strip(points, faces, landmarks[i], outward[i], inner[min(i, 16 - i)], back)
         pick = np.round(np.linspace(0, len(e) - 1, size)).astype(int)
         edges[i], weights[i] = e[pick], w[pick]
     return edges, weights, outward.astype(np.float32)
+
+
+def close_lips(points, mesh, marks, reach=0.4) -> None:
+    """Bring the lips together at rest: the scans' neutral face shows a slit of 0.8 mm. marks [68,3]."""
+    upper, lower = marks[60:65], marks[[60, 67, 66, 65, 64]]
+    x = np.linspace(upper[0, 0], upper[-1, 0], 200)
+    top, bottom = (np.stack([np.interp(x, m[:, 0], m[:, k]) for k in (1, 2)], 1) for m in (upper, lower))
+    seam = np.column_stack([x, (top + bottom) / 2])
+    part = np.isin(mesh.part, ["skin", "mouth"])
+    distance, nearest = cKDTree(seam).query(points[part])
+    half = (top - bottom)[nearest, 0] / 2 + 0.005 * (distance < reach)
+    side = np.sign(points[part, 1] - seam[nearest, 1])
+    points[part, 1] -= side * half * np.exp(-((distance / reach) ** 2))
+
+
+def close_teeth(points, mesh, growth=1.1, back=0.08) -> None:
+    """Widen each tooth along the arch until neighbours touch, since decimation leaves gaps; `back` cm behind the lips."""
+    for name in ("teeth_upper", "teeth_lower"):
+        faces = mesh.faces[mesh.face_part == name]
+        label = head_mesh.components(faces)
+        for k in np.unique(label):
+            tooth = np.unique(faces[label == k])
+            centre = points[tooth].mean(0)
+            along = np.array([centre[2] - 6.5, 0, -centre[0]]) / np.hypot(centre[2] - 6.5, centre[0])
+            points[tooth] += (growth - 1) * ((points[tooth] - centre) @ along)[:, None] * along - [0, 0, back]
 
 
 def build(folder: Path, seed: int = 0) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -160,6 +187,11 @@ def build(folder: Path, seed: int = 0) -> tuple[dict[str, np.ndarray], dict[str,
     face = ((index < 6706) & (mesh.part == "skin")).astype(np.float64)
     weight = face + 0.02  # a little of everything, so that hidden parts and the neck are not arbitrary
     mean, shape_modes, shape_share = identity_modes(neutral, identity, face, rng)
+    close_teeth(mean, mesh)
+    row = np.full(len(ict["neutral"]), -1)
+    row[index] = np.arange(len(index))
+    landmarks = row[ict["landmarks68"]]
+    close_lips(mean, mesh, mean[landmarks])
     kept = [i for i, n in enumerate(names) if n != "jawOpen" and not n.startswith("eyeLook")]
     exp_names = [names[i] for i in kept]
     exp_modes, _, expressions = expression_modes(shapes[kept], exp_names, weight, rng)
@@ -177,11 +209,10 @@ def build(folder: Path, seed: int = 0) -> tuple[dict[str, np.ndarray], dict[str,
     )
     look = [(("Up", "Up")), ("Down", "Down"), ("Out", "In"), ("In", "Out")]
     lids = [shapes[names.index(f"eyeLook{a}_L")] + shapes[names.index(f"eyeLook{b}_R")] for a, b in look]
-    row = np.full(len(ict["neutral"]), -1)
-    row[index] = np.arange(len(index))
-    landmarks = row[ict["landmarks68"]]
-    skin_faces = mesh.faces[(mesh.part[mesh.faces] == "skin").all(1)]
+    skin_faces = mesh.faces[mesh.face_part == "skin"]
     edges, edge_weight, outward = contour_strips(mean, skin_faces, landmarks)
+    openness = head_albedo.openness(mean, mesh.faces)
+    head_albedo.mark_nostrils(mesh, mean, openness)
     uv, uv_faces = head_mesh.atlas(mesh, mean, eye_centre)
     joint_modes = np.stack(
         [shape_modes[:, hinge].mean(1) * [0, 1, 1], *(shape_modes[:, e].mean(1) for e in eye)], 1
@@ -206,7 +237,7 @@ def build(folder: Path, seed: int = 0) -> tuple[dict[str, np.ndarray], dict[str,
         contour_weight=edge_weight,
         contour_outward=outward,
     )
-    tensors |= head_albedo.build(mesh, mean, landmarks, eye_centre, uv, uv_faces)
+    tensors |= head_albedo.build(mesh, mean, openness, landmarks, eye_centre, uv, uv_faces)
     tensors |= light_prior(default_light())
     report = dict(
         shape_modes=len(shape_modes),

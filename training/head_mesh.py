@@ -18,11 +18,15 @@ BUDGET = {"mouth": 260, "socket": 70, "gums": 240, "teeth": 300, "eyeball": 190}
 
 @dataclass(frozen=True)
 class Mesh:
-    """index [V] vertices of the full model, faces [F,3] rows of index, part [V] name of each vertex's part."""
+    """index [V] vertices of the full model, faces [F,3] rows of index; part [V], face_part [F]: names of the parts.
+
+    Pockets share the border vertices of the skin: those belong to "skin".
+    """
 
     index: np.ndarray
     faces: np.ndarray
     part: np.ndarray
+    face_part: np.ndarray
 
 
 def border(faces: np.ndarray) -> np.ndarray:
@@ -119,6 +123,16 @@ def _front(points: np.ndarray, faces: np.ndarray, z: float) -> np.ndarray:
     return faces[np.isin(label, keep)]
 
 
+def _outside(points: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Triangles of the teeth that do not face the tongue."""
+    a, b, c = points[faces].transpose(1, 0, 2)
+    n = np.cross(b - a, c - a)
+    outward = (a + b + c) / 3 - [0, 0, 6.5]
+    outward[:, 1] = 0
+    cosine = (n * outward).sum(1) / (np.linalg.norm(n, axis=1) * np.linalg.norm(outward, axis=1) + 1e-12)
+    return faces[cosine > -0.3]
+
+
 def build_mesh(ict: dict[str, np.ndarray], skin: np.ndarray, skin_faces: np.ndarray) -> Mesh:
     """Decimated skin, eyeballs, eye sockets, mouth pocket, gums, tongue and teeth as one mesh.
 
@@ -136,21 +150,23 @@ def build_mesh(ict: dict[str, np.ndarray], skin: np.ndarray, skin_faces: np.ndar
         ("socket", part(ranges, 3), BUDGET["socket"]),
         ("socket", part(ranges, 4), BUDGET["socket"]),
         ("gums", part(ranges, 5), BUDGET["gums"]),
-        ("teeth_upper", _front(points, part(sub, 5), 7.5), BUDGET["teeth"]),
-        ("teeth_lower", _front(points, part(sub, 6), 7.5), BUDGET["teeth"]),
+        ("teeth_upper", _outside(points, _front(points, part(sub, 5), 7.5)), BUDGET["teeth"]),
+        ("teeth_lower", _outside(points, _front(points, part(sub, 6), 7.5)), BUDGET["teeth"]),
         ("eye_left", part(sub, 1), BUDGET["eyeball"]),
         ("eye_right", part(sub, 3), BUDGET["eyeball"]),
     ]
-    faces, names = [skin_faces], {v: "skin" for v in skin.tolist()}
+    faces, names = [skin_faces], dict.fromkeys(skin.tolist(), "skin")
+    face_names = ["skin"] * len(skin_faces)
     for name, t, budget in todo:
         kept, f = decimate(points, t, budget)
         faces.append(f)
+        face_names += [name] * len(f)
         for v in kept.tolist():
             names.setdefault(v, name)
     index = np.array(list(names))
     row = np.full(len(points), -1)
     row[index] = np.arange(len(index))
-    return Mesh(index, row[np.concatenate(faces)], np.array(list(names.values())))
+    return Mesh(index, row[np.concatenate(faces)], np.array(list(names.values())), np.array(face_names))
 
 
 def rasterize_uv(uv: np.ndarray, uv_faces: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
@@ -181,16 +197,28 @@ def _warp(x: np.ndarray, knots: np.ndarray, density: np.ndarray) -> np.ndarray:
 
 
 AXIS_Z = 2.0  # cm: the upright axis of the unwrapping passes through (0, ., 2)
-STRIP = 0.145  # height of the strip of small tiles below the head
-TILES = {
-    "eye_left": 0,
-    "eye_right": 1,
-    "teeth_upper": 2,
-    "teeth_lower": 3,
-    "gums": 4,
-    "mouth": 5,
-    "socket": 6,
+STRIP = 0.155  # height of the strip of small tiles below the head
+TILES = {  # left edge and width of each
+    "eye_left": (0.004, 0.15),
+    "eye_right": (0.166, 0.15),
+    "teeth_upper": (0.33, 0.12),
+    "teeth_lower": (0.464, 0.12),
+    "gums": (0.598, 0.12),
+    "mouth": (0.732, 0.12),
+    "socket": (0.866, 0.055),
+    "nostril": (0.936, 0.055),
 }
+
+
+def _eye_disc(d: np.ndarray) -> np.ndarray:
+    """Eyeball directions [F,3,3] -> 0..1: a disc seen from the front, the inner 60 degrees enlarged."""
+    angle = np.arccos(np.clip(d[..., 2] / np.linalg.norm(d, axis=-1), -1, 1))
+    r = np.interp(angle, np.deg2rad([0, 60, 180]), [0, 0.75, 1])
+    r = r / np.maximum(np.linalg.norm(d[..., :2], axis=-1), 1e-9)
+    q = 0.5 + 0.5 * d[..., :2] * r[..., None]
+    back = angle.max(1) > np.deg2rad(145)  # these would cut across the disc
+    q[back] = (1.0, 0.5)
+    return q
 
 
 def atlas(mesh: Mesh, points: np.ndarray, eye_centre: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -200,10 +228,7 @@ def atlas(mesh: Mesh, points: np.ndarray, eye_centre: np.ndarray) -> tuple[np.nd
     """
     corner = np.zeros((*mesh.faces.shape, 2))
     p = points[mesh.faces]
-    part = np.where((mesh.part[mesh.faces] == "skin").all(1), "skin", "")
-    for k in range(3):
-        other = mesh.part[mesh.faces[:, k]]
-        part = np.where((part != "skin") & (other != "skin"), other, part)
+    part = mesh.face_part
     theta = np.arctan2(p[..., 0], p[..., 2] - AXIS_Z)
     wrapped = np.ptp(theta, axis=1, keepdims=True) > np.pi
     theta = np.where(wrapped & (theta < 0), np.pi, theta)
@@ -213,20 +238,14 @@ def atlas(mesh: Mesh, points: np.ndarray, eye_centre: np.ndarray) -> tuple[np.nd
     v = _warp(p[..., 1], y, 0.3 + 0.7 / (1 + np.exp((np.abs(y - 0.5) - 9) / 0.8)))
     skin = part == "skin"
     corner[skin] = np.stack([0.004 + 0.992 * u, STRIP + (0.996 - STRIP) * v], -1)[skin]
-    for name, i in TILES.items():
+    for name, (left, width) in TILES.items():
         f = part == name
         if name.startswith("eye"):
-            d = p[f] - eye_centre[i]
-            angle = np.arccos(np.clip(d[..., 2] / np.linalg.norm(d, axis=-1), -1, 1))
-            r = np.minimum(angle / np.deg2rad(80), 1) / np.maximum(np.linalg.norm(d[..., :2], axis=-1), 1e-9)
-            q = 0.5 + 0.5 * d[..., :2] * r[..., None]
-        else:
+            q = _eye_disc(p[f] - eye_centre[int(name == "eye_right")])
+        else:  # depth and height: what is deeper in the mouth is darker, left and right are alike
             lo, hi = p[f].reshape(-1, 3).min(0), p[f].reshape(-1, 3).max(0)
-            q = ((p[f] - lo) / (hi - lo))[..., :2]
-        tile = (1 - 0.01) / len(TILES)
-        corner[f] = np.stack(
-            [0.01 + i * tile + q[..., 0] * (tile - 0.012), 0.008 + q[..., 1] * (STRIP - 0.024)], -1
-        )
+            q = ((p[f] - lo) / (hi - lo))[..., [2, 1]]
+        corner[f] = np.stack([left + q[..., 0] * width, 0.006 + q[..., 1] * (STRIP - 0.02)], -1)
     keys = np.concatenate([mesh.faces.reshape(-1, 1), np.round(corner.reshape(-1, 2) * 1e5)], 1)
     _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
     return corner.reshape(-1, 2)[first].astype(np.float32), inverse.reshape(-1, 3)

@@ -30,6 +30,8 @@ TEX = (
     "eye_shadow",
 )
 
+SKIN_MAPS = ("beard", "brows", "cavity", "flush", "lashes", "lips", "mottle", "scalp", "sockets", "strands")
+
 
 class OpenHead(nn.Module):
     """Open head of V vertices, S shape modes, E expression modes, 12 albedo numbers (`TEX`), 8 pose numbers.
@@ -77,6 +79,11 @@ class OpenHead(nn.Module):
         """Vertex masks [V] 0..1 by name."""
         return {k: getattr(self, f"mask_{k}") for k in self.mask_names}
 
+    @property
+    def landmark_vertices(self) -> Tensor:
+        """The vertices [N] that `landmarks` reads: a fit needs no others."""
+        return torch.cat([self.contour_edges.flatten(), self.landmark_index]).unique()
+
     def verts(self, shape: Tensor, exp: Tensor, pose: Tensor, index: Tensor | None = None) -> Tensor:
         """shape [B,S], exp [B,E], pose [B,8] -> vertices [B,V,3]; with index [N] only those vertices [B,N,3]."""
         rows = slice(None) if index is None else index
@@ -107,12 +114,15 @@ class OpenHead(nn.Module):
         return x
 
     def landmarks(self, verts: Tensor, pose: Tensor) -> Tensor:
-        """verts [B,V,3] and their pose [B,8] -> [B,68,3] in iBUG order.
+        """verts [B,V,3], or only [B,N,3] those of `landmark_vertices`, and their pose [B,8] -> [B,68,3], iBUG order.
 
         17..67 are fixed vertices. 0..16 lie on the silhouette: each takes the point of its strip (a cut of the cheek
         at one height) that is farthest out in the picture.
         """
-        a, b = verts[:, self.contour_edges].unbind(3)
+        edges, fixed = self.contour_edges, self.landmark_index[17:]
+        if verts.shape[1] != len(self.template):
+            edges, fixed = (torch.searchsorted(self.landmark_vertices, i) for i in (edges, fixed))
+        a, b = verts[:, edges].unbind(3)
         w = self.contour_weight[..., None]
         strip = (1 - w) * a + w * b  # [B,17,K,3]
         up = F.normalize(axis_angle_to_matrix(pose[:, :3])[:, :2, 1], dim=1)
@@ -121,7 +131,7 @@ class OpenHead(nn.Module):
         far = (strip[..., :2] * out[:, :, None]).sum(-1)
         pick = torch.softmax(far / 3e-4, 2)  # soft within 0.3 mm, so that it slides along the cheek
         contour = (pick[..., None] * strip).sum(2)
-        return torch.cat([contour, verts[:, self.landmark_index[17:]]], 1)
+        return torch.cat([contour, verts[:, fixed]], 1)
 
     def centre(self, verts: Tensor) -> Tensor:
         """Point [B,3] a tenth of the way from the middle of the eyes to the middle of the mouth corners."""
@@ -158,49 +168,53 @@ class OpenHead(nn.Module):
         Skin follows a two-pigment absorption model in linear light: log reflectance = base - M a - H b with
         melanin M and haemoglobin H (as Tsumura et al., SIGGRAPH 2003); encoding by a power keeps it one exponential.
         """
-        m = {k[4:]: v[None, None] for k, v in self.named_buffers() if k.startswith("map_")}
         t = {k: tex[:, i, None, None, None] for i, k in enumerate(TEX)}
+        return torch.cat([self._skin(t, self._maps()), self._inner(t)], 2)
 
-        def colour(*rgb):
-            return tex.new_tensor(rgb).view(1, 3, 1, 1)
+    def skin(self, tex: Tensor, texels: Tensor) -> Tensor:
+        """The albedo at texels [B,N] (row * 256 + column, not of eyes or mouth) alone: [B,3,N]. For fits."""
+        t = {k: tex[:, i, None, None, None] for i, k in enumerate(TEX)}
+        m = {
+            k: v.flatten()[texels.clamp(max=v.numel() - 1)][:, None, :, None] for k, v in self._maps().items()
+        }
+        return self._skin(t, m)[..., 0]
 
-        mottle = m["mottle"] - 0.5
-        melanin = F.softplus(1.1 * t["melanin"])
-        melanin = melanin * (1 + 0.25 * mottle - 0.12 * m["lips"])
-        melanin = melanin + 0.10 * m["sockets"] * F.softplus(1 + t["eye_shadow"]) + 0.9 * m["nostrils"]
-        blood = F.softplus(0.6 + 0.6 * t["haemoglobin"]) * 0.22
-        flush = (m["cheeks"] + 0.8 * m["nose"] + 0.5 * m["ears"]) * F.softplus(0.5 + t["cheeks"]) * 0.14
-        lips = m["lips"] * F.softplus(1.2 + t["lips"]) * 0.34
-        blood = blood * (1 + 0.5 * mottle) + flush + lips + 0.6 * m["nostrils"]
-        skin = (
-            colour(-0.20, -0.48, -0.62) - melanin * colour(0.68, 0.86, 1.0) - blood * colour(0.30, 1.0, 0.80)
-        )
-        x = torch.exp(skin / 2.2)
+    def _maps(self) -> dict[str, Tensor]:
+        return {k: getattr(self, f"map_{k}") for k in SKIN_MAPS}
 
-        def hair(dark, warm):
-            density = F.softplus(1.6 + 1.3 * dark)
-            return torch.exp(
-                (
-                    colour(-0.45, -0.75, -1.2)
-                    - density * (colour(0.9, 1.1, 1.25) + warm * colour(-0.1, 0.03, 0.12))
-                )
-                / 2.2
-            )
+    def _skin(self, t: dict[str, Tensor], m: dict[str, Tensor]) -> Tensor:
+        """Upper rows of the texture: skin, lips, brows, beard, lashes, scalp."""
+        mottle = 0.25 * (m["mottle"] - 0.5)
+        melanin = F.softplus(1.1 * t["melanin"]) * (1 + mottle - 0.12 * m["lips"])
+        melanin = melanin + (0.10 * F.softplus(1 + t["eye_shadow"])) * m["sockets"]
+        melanin = melanin + 0.9 * m["cavity"]
+        blood = (0.22 * F.softplus(0.6 + 0.6 * t["haemoglobin"])) * (1 + 2 * mottle)
+        blood = blood + (0.14 * F.softplus(0.5 + t["cheeks"])) * m["flush"]
+        blood = blood + (0.34 * F.softplus(1.2 + t["lips"])) * m["lips"]
+        blood = blood + 0.6 * m["cavity"]
+        x = _rgb(melanin, -0.20, -0.48, -0.62) - melanin * _rgb(melanin, 0.68, 0.86, 1.0)
+        x = torch.exp((x - blood * _rgb(melanin, 0.30, 1.0, 0.80)) / 2.2)
 
         warm = torch.tanh(0.7 * t["hair_warm"])
-        x = torch.lerp(x, hair(t["hair_dark"], warm) * (1 + 0.5 * mottle), m["scalp"])
-        x = torch.lerp(
-            x, hair(t["hair_dark"], warm), 0.30 * torch.sigmoid(1.6 * t["stubble"] - 2) * m["beard"]
-        )
-        brow = m["brows"] * torch.sigmoid(0.9 * t["brow_density"] + 0.4)
-        x = torch.lerp(x, x.detach() * 0 + hair(t["brow_darkness"] + 0.3, warm), 0.85 * brow)
-        iris = torch.lerp(
-            colour(0.42, 0.52, 0.58), colour(0.30, 0.17, 0.09), torch.sigmoid(1.5 * t["iris_brown"] + 0.5)
-        )
-        iris = iris * torch.exp(0.25 * t["iris_light"])
-        eye = torch.lerp(colour(0.80, 0.77, 0.75), iris, m["iris"]) * (1 - 0.55 * m["limbus"])
-        eye = torch.lerp(eye, colour(0.03, 0.03, 0.03), m["pupil"])
-        x = torch.lerp(x, eye, m["eyes"])
-        x = torch.lerp(x, colour(0.82, 0.78, 0.70) * (0.25 + 0.75 * m["depth"]), m["teeth"])
-        x = torch.lerp(x, colour(0.42, 0.17, 0.16) * m["depth"], m["mouth"])
-        return torch.lerp(x, colour(0.40, 0.22, 0.20), m["socket"]).clamp(0, 1)
+        hair, brow = _hair(t["hair_dark"], warm), _hair(t["brow_darkness"] + 0.3, warm)
+        beard = 0.3 * torch.sigmoid(1.6 * t["stubble"] - 2) * m["beard"]
+        x = x + (beard + m["scalp"]) * (hair * (0.75 + 0.5 * m["strands"]) - x)
+        brows = 0.85 * torch.sigmoid(0.9 * t["brow_density"] + 0.4) * m["brows"]
+        return x + torch.maximum(brows, 0.75 * m["lashes"]) * (brow - x)
+
+    def _inner(self, t: dict[str, Tensor]) -> Tensor:
+        """Lower rows: eyes, teeth, mouth; only the iris varies."""
+        brown = torch.sigmoid(1.5 * t["iris_brown"] + 0.5)
+        iris = torch.lerp(_rgb(brown, 0.42, 0.52, 0.58), _rgb(brown, 0.30, 0.17, 0.09), brown)
+        return self.map_fixed + self.map_iris * iris * (1.25 * torch.exp(0.25 * t["iris_light"]))
+
+
+def _rgb(like: Tensor, *values: float) -> Tensor:
+    return like.new_tensor(values).view(1, 3, 1, 1)
+
+
+def _hair(dark: Tensor, warm: Tensor) -> Tensor:
+    """Display colour [B,3,1,1] of hair with eumelanin `dark` and a share of pheomelanin `warm` (-1..1)."""
+    density = F.softplus(1.6 + 1.3 * dark)
+    spectrum = _rgb(dark, 0.9, 1.1, 1.25) + warm * _rgb(dark, -0.1, 0.03, 0.12)
+    return torch.exp((_rgb(dark, -0.45, -0.75, -1.2) - density * spectrum) / 2.2)

@@ -1,0 +1,136 @@
+"""DiffusionRig end to end, readable in one sitting: photo -> face -> code -> edit -> buffers -> photo'.
+
+Every arrow is one function here and one node on the canvas; this module only strings them together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import align, buffers, diffusion, samplers, sh, warp
+from .estimators import landmark_fit, landmarks
+from .face import FaceCode, axis_angle_to_matrix, matrix_to_axis_angle
+
+STEPS, SOLVER = "quad20", "ab2"
+
+
+@dataclass(frozen=True)
+class Portrait:
+    """A face cut out of a photo, upright as in FFHQ, and its code.
+
+    image [1,3,s,s] 0..1; crop: the way back to the photo; code: in the frame of image.
+    """
+
+    image: Tensor
+    crop: align.Crop
+    code: FaceCode
+
+
+def estimate(head, photo: Tensor, size: int, points: Tensor | None = None, face: int = 0) -> Portrait:
+    """Find a face, set it upright and fit the head to it.
+
+    photo [1,3,H,W] 0..1. size: of the crop in pixels, the denoiser's. points [1,68,2]: landmarks in photo
+    pixels if they are known. face: 0 is the largest face of the photo.
+    Raises landmarks.NoFaceError when there is no such face.
+    """
+    photo = align.check_image(photo)
+    if points is None:
+        boxes, _ = landmarks.find_faces(photo)
+        if face >= len(boxes):
+            raise landmarks.NoFaceError(f"the photo shows {len(boxes)} faces, there is no face number {face}")
+        points = landmarks.find_landmarks(photo, boxes[face : face + 1])
+    crop = align.ffhq_crop(points, size)
+    image = crop.apply(photo)
+    code = landmark_fit.fit(head, crop.apply_points(points), (size, size), image)
+    return Portrait(image, crop, code)
+
+
+def turn(
+    head,
+    code: FaceCode,
+    yaw: float = 0.0,
+    pitch: float = 0.0,
+    roll: float = 0.0,
+    jaw: float = 0.0,
+    gaze=(0.0, 0.0),
+    **expressions: float,
+) -> FaceCode:
+    """Edit pose and expression. Angles in degrees, added to the code's own.
+
+    yaw > 0 turns the face to the right of the picture, pitch > 0 lifts the chin, roll > 0 tilts counter-clockwise;
+    jaw > 0 opens the mouth; gaze (right, up). expressions: weights of the head's named shapes, 0..1,
+    such as mouthSmile_L=0.6. Raises ValueError for a name that the head does not have.
+    """
+    code.require_head(head.name)
+    deg = torch.pi / 180
+    x, y, z = (code.pose.new_tensor([v]) * deg for v in (-pitch, yaw, roll))
+    zero = torch.zeros_like(x)
+    step = (
+        axis_angle_to_matrix(torch.stack([zero, zero, z], 1))
+        @ axis_angle_to_matrix(torch.stack([zero, y, zero], 1))
+        @ axis_angle_to_matrix(torch.stack([x, zero, zero], 1))
+    )
+    pose = code.pose.clone()
+    if yaw or pitch or roll:
+        pose[:, :3] = matrix_to_axis_angle(step @ axis_angle_to_matrix(code.pose[:, :3]))
+    pose[:, 3] += jaw * deg
+    if any(gaze):
+        pose[:, 6:8] += pose.new_tensor(gaze) * deg
+    exp = code.exp
+    for name, weight in expressions.items():
+        if name not in head.expression_names:
+            raise ValueError(
+                f"the {head.name} head has no expression '{name}', only: {', '.join(head.expression_names)}"
+            )
+        exp = exp + weight * head.expressions[head.expression_names.index(name)].to(exp)
+    return code.replace(pose=pose, exp=exp)
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """A photo as noise: x_T [1,3,s,s] and the denoiser's condition that it was inverted under."""
+
+    x_T: Tensor
+    appearance: Tensor
+
+
+def render_edit(
+    rig,
+    head,
+    portrait: Portrait,
+    target: FaceCode,
+    steps: str = STEPS,
+    solver: str = SOLVER,
+    keep: bool = True,
+    seed: int = 0,
+    callback=None,
+) -> Tensor:
+    """Paint the portrait with the target code, [B,3,s,s] in 0..1; B lights of one geometry at once.
+
+    keep: start from the photo itself, moved with the head and inverted to noise under its own light, so that
+    hair, background and identity stay; without it start from random noise, as the paper does.
+    """
+    source, schedule = portrait.code, diffusion.respace(diffusion.linear_schedule(), steps)
+    photo = portrait.image * 2 - 1
+    goal = rig.condition(buffers.render(head, target).stack(), photo)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(photo.shape, generator=generator).to(photo)
+    if keep:
+        start, moved = portrait.image, target[0].replace(light=source.light, tex=source.tex)
+        hidden = None
+        if not warp.same_geometry(source, moved):
+            grid, hidden = warp.flow(head, source, moved)
+            start = warp.apply(start, grid)
+        before = rig.condition(buffers.render(head, moved).stack(), photo)
+        x_T = samplers.invert(rig, start * 2 - 1, before, schedule, solver, callback=callback)
+        noise = x_T if hidden is None else variance_mix(x_T, noise, hidden)
+    x = samplers.sample(rig, noise.expand(len(target), -1, -1, -1), goal, schedule, solver, callback=callback)
+    return (x + 1) / 2
+
+
+def variance_mix(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
+    """Blend two unit-variance noises by w (0 gives a), keeping the variance."""
+    return (a * (1 - w) + b * w) / ((1 - w) ** 2 + w**2).sqrt()

@@ -1,0 +1,190 @@
+"""Photos -> a dataset folder: `python -m training.prepare --photos DIR --out DIR --size 128`.
+
+Finds the largest face of every photo (or takes landmarks from a file), sets it upright, fits the open
+head and writes picture and code. Photos that are no use are listed with the reason in rejected.txt.
+Interrupted, it goes on where it stopped. With --variants each training portrait is written several
+more times under other lights, blue studio backdrops exchanged: see training/augment.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from rig_core import align, checkpoints, data, sh
+from rig_core.estimators import landmark_fit, landmarks
+from training import augment
+
+PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+SMALLEST = 0.35  # of the dataset's size: a face crop of fewer photo pixels is too soft
+BLURRED = 4e-5  # variance of the Laplacian at 128 px below which a portrait counts as blurred
+LIT_FROM_THE_SIDE = 0.45  # |x| over constant of the light from which a portrait is drawn more often
+
+
+class Rejected(ValueError):
+    """Why a photo is left out."""
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """One portrait ready to fit: name, image [3,s,s] 0..1 and landmarks [68,2] in its pixels."""
+
+    name: str
+    image: Tensor
+    points: Tensor
+
+
+def read_photo(path: Path) -> Tensor:
+    """[1,3,H,W] 0..1, turned as its EXIF says. Raises Rejected when it cannot be read."""
+    from PIL import ImageOps
+
+    try:
+        with Image.open(path) as picture:
+            picture = ImageOps.exif_transpose(picture).convert("RGB")
+    except (OSError, Image.DecompressionBombError) as e:
+        raise Rejected(f"cannot be read: {e}") from e
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
+
+
+def align_photo(path: Path, size: int, points: Tensor | None) -> Aligned:
+    """Cut the face out. points [68,2] photo pixels when known. Raises Rejected."""
+    photo = read_photo(path)
+    if points is None:
+        try:
+            boxes, _ = landmarks.find_faces(photo)
+            points = landmarks.find_landmarks(photo, boxes[:1])[0]
+        except landmarks.NoFaceError as e:
+            raise Rejected(str(e)) from e
+    crop = align.ffhq_crop(points[None], size)
+    side = 1 / float(torch.linalg.det(crop.matrix[0, :2, :2])) ** 0.5 * size
+    if side < SMALLEST * size:
+        raise Rejected(
+            f"the face is too small: its crop is {side:.0f} px of the photo, want {SMALLEST * size:.0f}"
+        )
+    image = crop.apply(photo)
+    if sharpness(image) < BLURRED:
+        raise Rejected("blurred")
+    return Aligned(path.stem, image[0].clamp(0, 1), crop.apply_points(points[None])[0])
+
+
+def sharpness(image: Tensor) -> float:
+    """Variance of the Laplacian of the grey portrait [1,3,s,s] at 128 px."""
+    grey = torch.nn.functional.interpolate(image, (128, 128), mode="area").mean(1, keepdim=True)
+    kernel = image.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
+    return float(torch.nn.functional.conv2d(grey, kernel).var())
+
+
+def stored_landmarks(path: Path | None) -> dict[str, Tensor]:
+    """{photo's stem: [68,2]} from a safetensors file with `landmarks` [N,68,2] and `names` in its metadata."""
+    if path is None:
+        return {}
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as f:
+        return dict(zip(json.loads(f.metadata()["names"]), f.get_tensor("landmarks")))
+
+
+def batches(paths: list[Path], known: dict[str, Tensor], args, rejected: dict[str, str]):
+    """Lists of up to `--batch` aligned portraits; rejections are noted."""
+    batch: list[Aligned] = []
+    for path in tqdm(paths, unit="photo"):
+        try:
+            batch.append(align_photo(path, args.size, known.get(path.stem)))
+        except Rejected as e:
+            rejected[path.name] = str(e)
+        if len(batch) == args.batch:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def write_batch(head, batch: list[Aligned], split: dict[str, str], args, rejected: dict[str, str]) -> None:
+    """Fit, sort out what did not fit, write the portraits and their variants."""
+    size = (args.size, args.size)
+    image, points = torch.stack([b.image for b in batch]), torch.stack([b.points for b in batch])
+    code = landmark_fit.fit(head, points, size, image)
+    error = landmark_fit.residual(head, code, points)[:, 17:].mean(1) * 256 / args.size
+    good = [i for i in range(len(batch)) if error[i] < args.worst]
+    for i in set(range(len(batch))) - set(good):
+        rejected[batch[i].name] = f"the head does not fit: {error[i]:.1f} px mean error at 256 px"
+    if not good:
+        return
+    image, code = image[good], code[good]
+    names = [batch[i].name for i in good]
+    splits = [split[n] for n in names]
+    light = sh.luminance(code.light)
+    side = (light[:, 1] / light[:, 0]).abs() > LIT_FROM_THE_SIDE
+    weight = [args.side_weight if s else 1.0 for s in side.tolist()]
+    data.append(args.out, names, image, code, split=splits, weight=weight, tags=("photo",), person=names)
+
+    train = [i for i, s in enumerate(splits) if s == "train"]
+    if not (train and args.variants):
+        return
+    image, code = image[train], code[train]
+    for v in range(1, args.variants + 1):
+        generator = torch.Generator().manual_seed(args.seed * 1000 + v + hash_name(names[0]))
+        relit, lit, _ = augment.relight_photos(head, image, code, generator)
+        keyed = augment.has_blue_backdrop(image)
+        relit = torch.where(keyed[:, None, None, None], augment.exchange_backdrop(relit, generator), relit)
+        people = [names[i] for i in train]
+        data.append(args.out, [f"{p}~{v}" for p in people], relit, lit, tags=("relit",), person=people)
+
+
+def hash_name(name: str) -> int:
+    """A number that is the same in every run, unlike hash()."""
+    import zlib
+
+    return zlib.crc32(name.encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--photos", type=Path, required=True, help="folder of photos")
+    parser.add_argument("--out", type=Path, required=True, help="dataset folder, made or continued")
+    parser.add_argument("--size", type=int, default=128, help="pixels, 128")
+    parser.add_argument(
+        "--landmarks", type=Path, help="safetensors with landmarks and names; else they are found"
+    )
+    parser.add_argument(
+        "--validation", type=int, default=0, metavar="N", help="keep every N-th photo apart, 0: none"
+    )
+    parser.add_argument("--variants", type=int, default=0, help="relit copies of each training portrait")
+    parser.add_argument("--side-weight", type=float, default=2.0, help="how often side-lit photos are drawn")
+    parser.add_argument(
+        "--worst", type=float, default=6.0, help="mean landmark error at 256 px that is still taken"
+    )
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    head = checkpoints.load_head()
+    paths = sorted(p for p in args.photos.iterdir() if p.suffix.lower() in PHOTOS)
+    if not paths:
+        parser.error(f"{args.photos} holds no photos ({', '.join(sorted(PHOTOS))})")
+    split = {p.stem: "train" for p in paths}
+    if args.validation:
+        split |= {p.stem: "validation" for p in paths[:: args.validation]}
+    done, rejected = data.written(args.out), {}
+    todo = [p for p in paths if p.stem not in done]
+    for batch in batches(todo, stored_landmarks(args.landmarks), args, rejected):
+        write_batch(head, batch, split, args, rejected)
+    data.finish(args.out)
+    if rejected:
+        with open(args.out / "rejected.txt", "a") as f:
+            f.writelines(f"{name}\t{why}\n" for name, why in sorted(rejected.items()))
+    print(f"{len(data.written(args.out))} portraits in {args.out}; {len(rejected)} photos rejected")
+
+
+if __name__ == "__main__":
+    main()
