@@ -126,10 +126,10 @@ def train_landmarks(args: argparse.Namespace) -> None:
     def landmark_step(net, done):
         crops, points = fc.landmark_crops(faces, bank, shape, args.batch)
         return landmark_loss(
-            net, crops, points, fc.wrong_crops(faces, bank, args.batch // 4), 0.1 * (1 - done)
+            net, crops, points, fc.wrong_crops(faces, bank, args.batch // 8), 0.1 * (1 - done)
         )
 
-    meta = {"architecture": "landmarks", "faces": len(faces), "seed": args.seed, "init": bool(args.init)}
+    meta = {"kind": "landmarks", "faces": len(faces), "seed": args.seed, "init": bool(args.init)}
     meta |= {"finder_steps": args.finder_steps, "landmark_steps": args.landmark_steps, "batch": args.batch}
     finder, points = copy.deepcopy(nets.finder), copy.deepcopy(nets.landmarks)  # what is written
 

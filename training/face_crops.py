@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rig_core import buffers, checkpoints, data
 from rig_core.estimators.landmarks import CROP, FRAME, MIRROR, bounding_boxes, similarity
 
 SIDE = 256  # px, all training pictures
@@ -56,6 +57,21 @@ def load_portraits(folder: Path) -> tuple[Faces, list[str]]:
     return make_faces(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), points[order]), [
         names[i] for i in order
     ]
+
+
+def load_synth(folder: Path, limit: int) -> Faces:
+    """The first `limit` portraits of a folder that `training.synth` wrote; landmarks from their codes."""
+    portraits = data.Dataset.open(folder)
+    head, index = checkpoints.load_head(), range(min(limit, len(portraits)))
+    points = []
+    for part in torch.arange(len(index)).split(64):
+        code = portraits.codes(part.tolist())
+        marks = head.landmarks(head.verts(code.shape, code.exp, code.pose), code.pose)
+        points.append(buffers.to_pixels(buffers.to_image(marks, code), code.size))
+    side = portraits.size[0]
+    small = (portraits.images([i], side).float() for i in index)
+    images = [F.interpolate(i, size=(SIDE, SIDE), mode="bicubic").clamp(0, 255).round().byte() for i in small]
+    return make_faces(torch.cat(images), (torch.cat(points) + 0.5) * SIDE / side - 0.5)
 
 
 def split(faces: Faces, names: list[str]) -> tuple[Faces, Faces]:
@@ -158,16 +174,19 @@ def draw(bank: Tensor, n: int) -> Tensor:
 
 def cover(crops: Tensor, share: float = 0.3) -> Tensor:
     """Put a soft-edged blob of plain colour or noise over a part of some crops."""
-    n = len(crops)
+    some = torch.rand(len(crops)) < share
+    n = int(some.sum())
     y, x = torch.meshgrid(torch.linspace(-1, 1, CROP), torch.linspace(-1, 1, CROP), indexing="ij")
     p = torch.stack([x, y], -1)[None] - (torch.rand(n, 1, 1, 2) * 2 - 1)
     p = torch.einsum("nij,nhwj->nhwi", rotation(uniform(n, 0, math.pi)), p)
     p = p / torch.stack([uniform(n, 0.08, 0.6), uniform(n, 0.08, 0.3)], -1)[:, None, None]
     box, ellipse = p.abs().amax(-1), p.norm(dim=-1)
     r = torch.where((torch.rand(n) < 0.5)[:, None, None], box, ellipse)
-    alpha = ((1 - r) * 8).clamp(0, 1) * (torch.rand(n) < share).float()[:, None, None]
+    alpha = ((1 - r) * 8).clamp(0, 1)[:, None]
     fill = torch.rand(n, 3, 1, 1) + torch.randn(n, 3, CROP, CROP) * uniform(n, 0, 0.15)[:, None, None, None]
-    return torch.lerp(crops, fill.clamp(0, 1), alpha[:, None])
+    crops = crops.clone()
+    crops[some] = torch.lerp(crops[some], fill.clamp(0, 1), alpha)
+    return crops
 
 
 def photo(crops: Tensor) -> Tensor:
@@ -201,7 +220,7 @@ def photo(crops: Tensor) -> Tensor:
 def landmark_crops(faces: Faces, bank: Tensor, shape: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """What the landmark network sees: [n,3,96,96] and its landmarks [n,68,2].
 
-    Half are framed as by a rough box (turned up to 40 degrees), half nearly as its second pass frames them.
+    Half are framed as by a rough box (turned up to 35 degrees), half nearly as its second pass frames them.
     """
     index = torch.randint(len(faces), (n,))
     points = faces.points[index]
@@ -214,7 +233,7 @@ def landmark_crops(faces: Faces, bank: Tensor, shape: Tensor, n: int) -> tuple[T
     jitter = torch.where(rough, 1.0, 0.22)
     a = (
         a
-        @ rotation(uniform(n, -0.7, 0.7) * jitter)
+        @ rotation(uniform(n, -0.6, 0.6) * jitter)
         * torch.exp(uniform(n, -0.25, 0.25) * jitter)[:, None, None]
     )
     squeeze = torch.exp(torch.stack([uniform(n, -0.05, 0.2), uniform(n, -0.08, 0.08)], -1))

@@ -12,12 +12,16 @@ gives it. Landmarks are in iBUG's order: jaw 17, brows 2x5, nose 9, eyes 2x6, li
 from __future__ import annotations
 
 import functools
+import hashlib
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import checkpoints
 from ..align import Crop, check_image
 
 CROP = 96  # px, side of the landmark network's input
@@ -75,10 +79,10 @@ class LandmarkNet(nn.Module):
     regression with convolutional neural networks").
     """
 
-    def __init__(self, width: int = 32):
+    def __init__(self, width: int = 24):
         super().__init__()
         w = width
-        self.fine = nn.Sequential(down(3, 24), down(24, w), Block(w), Block(w))
+        self.fine = nn.Sequential(down(3, 16), down(16, w), Block(w), Block(w))
         self.middle = nn.Sequential(down(w, 2 * w), Block(2 * w), Block(2 * w))
         self.coarse = nn.Sequential(down(2 * w, 4 * w), Block(4 * w), Block(4 * w))
         self.to_middle = nn.Sequential(nn.Conv2d(4 * w, 2 * w, 1), nn.BatchNorm2d(2 * w))
@@ -150,10 +154,8 @@ def from_tensors(tensors: dict[str, Tensor]) -> FaceNetworks:
 @functools.lru_cache(maxsize=2)
 def default_networks(device: str = "cpu") -> FaceNetworks:
     """The networks that come with the pack, read once a device."""
-    from ..checkpoints import ASSETS, read
-
     with torch.inference_mode(False):
-        return from_tensors(read(ASSETS / "landmarks.safetensors")[0]).to(device)
+        return from_tensors(checkpoints.read(checkpoints.ASSETS / "landmarks.safetensors")[0]).to(device)
 
 
 def find_faces(
@@ -338,33 +340,53 @@ def _ratio(image: Tensor, small: Tensor) -> Tensor:
     return torch.tensor([image.shape[-1] / small.shape[-1], image.shape[-2] / small.shape[-2]] * 2).to(image)
 
 
-def face_alignment_landmarks(image: Tensor, boxes: Tensor, model_folder: str) -> Tensor:
+def face_alignment_landmarks(image: Tensor, boxes: Tensor, model_folder: str | Path) -> Tensor:
     """As `find_landmarks`, by the face_alignment library (Bulat and Tzimiropoulos 2017) if it is there.
 
-    model_folder: where its weights 2DFAN4-*.zip already lie; nothing is downloaded. Raises ImportError or
-    FileNotFoundError with what is missing.
+    model_folder: where its weights 2DFAN4-HASH.pth.tar already lie; nothing is downloaded.
+    Raises ImportError or FileNotFoundError for what is missing, ValueError for a damaged file.
     """
-    import pathlib
-    import sys
-
     try:
         import face_alignment
+        from face_alignment.models import FAN
     except ImportError as error:
-        raise ImportError(
-            f"face_alignment is not installed: {sys.executable} -m pip install 'face_alignment>=1.5'"
-        ) from error
-    if not any(pathlib.Path(model_folder).glob("2DFAN4-*.zip")):
-        raise FileNotFoundError(f"face_alignment's weights 2DFAN4-*.zip are not in {model_folder}")
-    benchmark = torch.backends.cudnn.benchmark
+        install = f"{sys.executable} -m pip install 'face_alignment>=1.5'"
+        raise ImportError(f"the face_alignment library is not there ({error}): {install}") from error
+    weights = _fan_weights(Path(model_folder))
+
+    class Local(face_alignment.FaceAlignment):
+        """Takes the weights at hand instead of fetching them."""
+
+        def _load_native(self, network_name, network_size, device, dtype):
+            net = FAN(network_size)
+            net.load_state_dict(checkpoints.read(weights)[0])
+            return net.to(device, dtype=dtype).eval()
+
+    image = _check(image)
     device = image.device.type if image.device.type in ("cpu", "cuda", "mps") else "cpu"
+    picture = (image[0].permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+    boxes = boxes.float().cpu().clone()
+    boxes[:, 1] -= 0.25 * (boxes[:, 3] - boxes[:, 1])  # its detector's boxes hold half the forehead
+    benchmark = torch.backends.cudnn.benchmark
     try:
-        finder = face_alignment.FaceAlignment(
-            face_alignment.LandmarksType.TWO_D, device=device, compile=False, face_detector="folder"
-        )
-        picture = (image[0].clamp(0, 1).permute(1, 2, 0) * 255).round().byte().cpu().numpy()
-        found = finder.get_landmarks_from_image(picture, detected_faces=boxes.cpu().tolist())
+        kind = face_alignment.LandmarksType.TWO_D
+        # compile=True, its default, fails at the first picture where there is no C++ compiler
+        library = Local(kind, device=device, compile=False, face_detector="folder")
+        found = library.get_landmarks_from_image(picture, detected_faces=boxes.tolist())
     finally:
-        torch.backends.cudnn.benchmark = benchmark  # the library switches it on for everybody
+        torch.backends.cudnn.benchmark = benchmark  # it switches this on for everybody
     if found is None:
-        raise NoFaceError("face_alignment found no landmarks in these boxes")
-    return torch.stack([torch.as_tensor(f) for f in found]).to(image)
+        raise NoFaceError("face_alignment found no landmarks in these boxes: use find_landmarks")
+    return torch.stack([torch.as_tensor(points) for points in found]).to(image)
+
+
+def _fan_weights(folder: Path) -> Path:
+    """face_alignment's weights below a folder, checked against the hash in their name."""
+    found = sorted(folder.glob("2DFAN4-*.pth.tar"))
+    if not found:
+        raise FileNotFoundError(f"face_alignment's weights 2DFAN4-11f355bf06.pth.tar are not in {folder}")
+    with open(found[0], "rb") as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+    if not digest.startswith(found[0].name.removesuffix(".pth.tar").split("-")[1]):
+        raise ValueError(f"{found[0]} is damaged: its SHA-256 begins {digest[:10]}. Fetch it again")
+    return found[0]
