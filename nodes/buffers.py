@@ -26,7 +26,8 @@ class RenderBuffers(io.ComfyNode):
                     max=1024,
                     step=32,
                     tooltip=(
-                        "Side of the buffers in pixels; 0 takes the size of the fitted picture. Must be the size that "
+                        "Side of the buffers in pixels; 0 takes the size of the fitted picture. Must be "
+                        "the size that "
                         "the denoiser works at."
                     ),
                 ),
@@ -34,9 +35,13 @@ class RenderBuffers(io.ComfyNode):
             outputs=[
                 sockets.FaceBuffers.Output(display_name="buffers", tooltip="For DiffusionRig Condition."),
                 io.Image.Output(display_name="rendered", tooltip="Albedo times shading."),
-                io.Image.Output(display_name="normal", tooltip="-1..1 shown as 0..1; x right, y up, z to the viewer."),
+                io.Image.Output(
+                    display_name="normal", tooltip="-1..1 shown as 0..1; x right, y up, z to the viewer."
+                ),
                 io.Image.Output(display_name="albedo", tooltip="Skin colour without light."),
-                io.Image.Output(display_name="shading", tooltip="The light on the normals; 1 is white, clipped here."),
+                io.Image.Output(
+                    display_name="shading", tooltip="The light on the normals; 1 is shown as mid grey."
+                ),
                 io.Mask.Output(display_name="mask", tooltip="White where the head is."),
             ],
         )
@@ -45,13 +50,16 @@ class RenderBuffers(io.ComfyNode):
     def execute(cls, face_model, face_code, size):
         side = size or max(face_code.size)
         if side > 1024:
-            raise ValueError(f"'face_code' is of a picture of {side} pixels, 1024 is the most: use Align Face or set 'size'")
+            raise ValueError(
+                f"'face_code' is of a picture of {side} pixels, 1024 is the most: use Align Face or set "
+                "'size'"
+            )
         head, parts = host.head(face_model), host.chunks(len(face_code), side, side)
         progress, made = host.Progress(len(parts)), []
         for part in parts:
             made.append(host.result(buffers.render(head, face_code[part].to(host.device()), size or None)))
             progress.step(made[-1].rendered * 2 - 1)
         b = cat(made)
-        shown = [b.rendered, b.normal * 0.5 + 0.5, b.albedo, b.shading * b.mask]
+        shown = [b.rendered, b.normal * 0.5 + 0.5, b.albedo, b.shading * b.mask * 0.5]
         rows = host.image(torch.cat([x[:4] for x in shown], 3))
         return io.NodeOutput(b, *map(host.image, shown), host.mask(b.mask), ui=ui.PreviewImage(rows, cls=cls))

@@ -17,7 +17,10 @@ SPACING = io.Combo.Input(
     "spacing",
     options=["quad", "even"],
     default="quad",
-    tooltip="Where the steps lie: quad puts most of them near the picture (best for ab2 and heun), even spreads them.",
+    tooltip=(
+        "Where the steps lie: quad puts most of them near the picture (best for ab2 and heun), even "
+        "spreads them."
+    ),
 )
 
 
@@ -36,17 +39,26 @@ class DiffusionRigCondition(io.ComfyNode):
             display_name="DiffusionRig Condition",
             category="Face Rig/diffusion",
             description=(
-                "What the denoiser is told: the buffers (geometry, light, albedo) and a global code of the photo "
+                "What the denoiser is told: the buffers (geometry, light, albedo) and a global code of "
+                "the photo "
                 "(hair, background, everything else). Computed once, not once per step."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="From Load DiffusionRig."),
                 io.Image.Input("image", tooltip="The aligned photo whose appearance is kept."),
                 sockets.FaceBuffers.Input(
-                    "buffers", tooltip="From Render Buffers, one face or one for each picture; unedited ones for DDIM Invert."
+                    "buffers",
+                    tooltip=(
+                        "From Render Buffers, one face or one for each picture; unedited ones for DDIM "
+                        "Invert."
+                    ),
                 ),
             ],
-            outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="For Conditioned Sample or KSampler.")],
+            outputs=[
+                io.Conditioning.Output(
+                    display_name="conditioning", tooltip="For Conditioned Sample or KSampler."
+                )
+            ],
         )
 
     @classmethod
@@ -57,7 +69,8 @@ class DiffusionRigCondition(io.ComfyNode):
         for name, got in ("image", x), ("buffers", buffers.mask):
             if tuple(got.shape[2:]) != (size, size):
                 raise ValueError(
-                    f"'{name}' is {got.shape[3]} x {got.shape[2]} pixels, this DiffusionRig works at {size} x {size}: "
+                    f"'{name}' is {got.shape[3]} x {got.shape[2]} pixels, this DiffusionRig works at "
+                    f"{size} x {size}: "
                     f"set the size of Align Face to {size}"
                 )
         n = max(len(x), len(buffers))
@@ -74,8 +87,10 @@ class DDIMInvert(io.ComfyNode):
             display_name="DDIM Invert",
             category="Face Rig/diffusion",
             description=(
-                "Finds the noise that the sampler turns back into the photo, so that an edit keeps its details. Use the "
-                "conditioning of the unedited face here, and the same steps, solver and spacing at Conditioned Sample."
+                "Finds the noise that the sampler turns back into the photo, so that an edit keeps its "
+                "details. Use the "
+                "conditioning of the unedited face here, and the same steps, solver and spacing at "
+                "Conditioned Sample."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="From Load DiffusionRig."),
@@ -86,7 +101,10 @@ class DDIMInvert(io.ComfyNode):
                     "solver",
                     options=["ab2", "ddim", "heun"],
                     default="ab2",
-                    tooltip="ab2: second order, one evaluation a step. heun: two a step, for under 15 steps. ddim: first order.",
+                    tooltip=(
+                        "ab2: second order, one evaluation a step. heun: two a step, for under 15 steps. "
+                        "ddim: first order."
+                    ),
                 ),
                 SPACING,
             ],
@@ -117,7 +135,10 @@ class ConditionedSample(io.ComfyNode):
             node_id="FaceRig_ConditionedSample",
             display_name="Conditioned Sample",
             category="Face Rig/diffusion",
-            description="Paints the face anew under the conditioning, from random noise or from the noise of DDIM Invert.",
+            description=(
+                "Paints the face anew under the conditioning, from random noise or from the noise of DDIM "
+                "Invert."
+            ),
             inputs=[
                 io.Model.Input("model", tooltip="From Load DiffusionRig."),
                 io.Conditioning.Input("conditioning", tooltip="From DiffusionRig Condition."),
@@ -134,19 +155,28 @@ class ConditionedSample(io.ComfyNode):
                     "solver",
                     options=["ab2", "ddim", "heun", "ddpm"],
                     default="ab2",
-                    tooltip="ab2: second order, one evaluation a step. ddim: first order. heun: two a step. ddpm: random.",
+                    tooltip=(
+                        "ab2: second order, one evaluation a step. ddim: first order. heun: two a step. "
+                        "ddpm: random."
+                    ),
                 ),
                 SPACING,
                 io.Boolean.Input(
                     "same_noise",
                     default=True,
-                    tooltip="One noise for all pictures of a batch (a turning light stays steady), or one each.",
+                    tooltip=(
+                        "One noise for all pictures of a batch (a turning light stays steady), or one each."
+                    ),
                 ),
                 io.Latent.Input(
-                    "noise", optional=True, tooltip="From DDIM Invert: keeps the photo's details, in place of random noise."
+                    "noise",
+                    optional=True,
+                    tooltip="From DDIM Invert: keeps the photo's details, in place of random noise.",
                 ),
                 io.Mask.Input(
-                    "hidden", optional=True, tooltip="From Move Photo: where 'noise' gives way to random noise, to be painted new."
+                    "hidden",
+                    optional=True,
+                    tooltip="From Move Photo: where 'noise' gives way to random noise, to be painted new.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The aligned faces, painted anew.")],
@@ -160,7 +190,9 @@ class ConditionedSample(io.ComfyNode):
         x_T = torch.randn(1 if same_noise else n, 3, height, width, generator=generator).to(host.device())
         if noise is not None:
             kept = host.repeat(host.noise(noise), n, "noise").to(x_T)
-            where = torch.zeros(1, 1, 1, 1) if hidden is None else host.mask_pictures(hidden, "hidden")
+            where = (
+                torch.zeros(1, 1, 1, 1) if hidden is None else host.mask_pictures(hidden, "hidden", height)
+            )
             x_T = pipeline.variance_mix(kept, x_T, host.repeat(where, n, "hidden").to(x_T))
         x_T = host.repeat(x_T, n, "noise")
         parts = host.chunks(n, height, width)
@@ -168,8 +200,16 @@ class ConditionedSample(io.ComfyNode):
         made = [
             host.image(
                 samplers.sample(
-                    rig, x_T[p], condition[p], schedule, solver, generator=generator, callback=progress.callback
-                ) * 0.5 + 0.5
+                    rig,
+                    x_T[p],
+                    condition[p],
+                    schedule,
+                    solver,
+                    generator=generator,
+                    callback=progress.callback,
+                )
+                * 0.5
+                + 0.5
             )
             for p in parts
         ]

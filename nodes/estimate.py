@@ -4,8 +4,8 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..rig_core import align, buffers
-from ..rig_core.face import cat
 from ..rig_core.estimators import landmark_fit, locate
+from ..rig_core.face import cat
 from . import host, sockets
 
 FACE_CHOICE = [
@@ -17,6 +17,7 @@ FACE_CHOICE = [
     ),
     io.Int.Input("index", default=0, min=0, max=63, tooltip="Which face in that order, counted from 0."),
 ]
+MODES = ["ratio", "difference", "replace"]
 
 
 class AlignFace(io.ComfyNode):
@@ -27,7 +28,8 @@ class AlignFace(io.ComfyNode):
             display_name="Align Face",
             category="Face Rig/estimate",
             description=(
-                "Finds the face and cuts it out upright and centred (FFHQ alignment), the way the denoisers saw "
+                "Finds the face and cuts it out upright and centred (FFHQ alignment), the way the "
+                "denoisers saw "
                 "faces in training. Paste Back undoes it."
             ),
             inputs=[
@@ -38,7 +40,10 @@ class AlignFace(io.ComfyNode):
                     min=64,
                     max=1024,
                     step=32,
-                    tooltip="Side of the aligned picture in pixels: the image_size of the denoiser (128 for the default).",
+                    tooltip=(
+                        "Side of the aligned picture in pixels: the image_size of the denoiser (128 for "
+                        "the default)."
+                    ),
                 ),
                 *FACE_CHOICE,
                 io.Combo.Input(
@@ -46,11 +51,14 @@ class AlignFace(io.ComfyNode):
                     options=list(locate.MISSING),
                     default="error",
                     tooltip=(
-                        "A picture without a face: stop with an error, take the previous picture's place of the face, "
+                        "A picture without a face: stop with an error, take the previous picture's place "
+                        "of the face, "
                         "or pass the picture through unchanged at Paste Back. The number of pictures stays."
                     ),
                 ),
-                io.Mask.Input("mask", optional=True, tooltip="Only faces whose centre lies inside are considered."),
+                io.Mask.Input(
+                    "mask", optional=True, tooltip="Only faces whose centre lies inside are considered."
+                ),
                 sockets.FaceLandmarks.Input(
                     "landmarks",
                     optional=True,
@@ -61,7 +69,8 @@ class AlignFace(io.ComfyNode):
                 io.Image.Output(display_name="image", tooltip="The aligned faces, size x size."),
                 sockets.FaceCrop.Output(display_name="crop", tooltip="Where they were: for Paste Back."),
                 sockets.FaceLandmarks.Output(
-                    display_name="aligned_landmarks", tooltip="68 landmarks in pixels of the aligned pictures."
+                    display_name="aligned_landmarks",
+                    tooltip="68 landmarks in pixels of the aligned pictures.",
                 ),
             ],
         )
@@ -91,7 +100,8 @@ class FitToLandmarks(io.ComfyNode):
             display_name="Fit to Landmarks",
             category="Face Rig/estimate",
             description=(
-                "Fits the 3D head to a photo: shape, expression, pose and camera from 68 landmarks, skin and light "
+                "Fits the 3D head to a photo: shape, expression, pose and camera from 68 landmarks, skin "
+                "and light "
                 "from the pixels."
             ),
             inputs=[
@@ -107,14 +117,20 @@ class FitToLandmarks(io.ComfyNode):
             outputs=[
                 sockets.FaceCode.Output(display_name="face_code", tooltip="The face in numbers."),
                 sockets.SHLight.Output(display_name="light", tooltip="The light found in the photo."),
-                io.Image.Output(display_name="overlay", tooltip="The fitted head over the photo: they should agree."),
+                io.Image.Output(
+                    display_name="overlay", tooltip="The fitted head over the photo: they should agree."
+                ),
             ],
         )
 
     @classmethod
     def execute(cls, face_model, image, order, index, landmarks=None):
         x = host.pictures(image, "image", most=2048)
-        points = locate.locate(x, order, index)[0] if landmarks is None else landmark_fit.check_landmarks(landmarks)
+        points = (
+            locate.locate(x, order, index)[0]
+            if landmarks is None
+            else landmark_fit.check_landmarks(landmarks)
+        )
         x = host.repeat(x, len(points), "image")
         with host.gradients():
             head, x, points = host.head(face_model), x.clone(), points.to(x.device).clone()
@@ -139,35 +155,72 @@ class PasteBack(io.ComfyNode):
             display_name="Paste Back",
             category="Face Rig/estimate",
             description=(
-                "Puts an edited aligned face back into the photo at full resolution. Pixels outside the face stay "
-                "exactly as they were."
+                "Carries the edit of an aligned face into the photo at the photo's own resolution. Pixels "
+                "outside the "
+                "face stay exactly as they were."
             ),
             inputs=[
                 io.Image.Input("photo", tooltip="The photo that Align Face was given."),
-                io.Image.Input("image", tooltip="The edited aligned face, of any size."),
+                io.Image.Input("edited", tooltip="The edited aligned face."),
                 sockets.FaceCrop.Input("crop", tooltip="From Align Face."),
+                io.Combo.Input(
+                    "mode",
+                    options=MODES,
+                    default="ratio",
+                    tooltip=(
+                        "ratio: the photo times the change of light, sharp at any size; for relighting. "
+                        "difference: the "
+                        "change is added. replace: the aligned face itself, for a new pose or expression."
+                    ),
+                ),
+                io.Float.Input(
+                    "soft",
+                    default=0.06,
+                    min=0.0,
+                    max=0.5,
+                    step=0.01,
+                    tooltip="Width of the soft edge in sides of the aligned square. Good: 0.03..0.15.",
+                ),
+                io.Image.Input(
+                    "before",
+                    optional=True,
+                    tooltip=(
+                        "What the denoiser makes of the unedited face: its own errors then cancel out. "
+                        "Without it the "
+                        "photo itself is compared with."
+                    ),
+                ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where the edit counts, over the aligned picture; white is all of it. Edges are softened.",
+                    tooltip="Where the edit counts, over the aligned picture; without it everywhere.",
                 ),
             ],
-            outputs=[io.Image.Output(display_name="image_out", tooltip="Photos, one for each edited face.")],
+            outputs=[io.Image.Output(display_name="photo", tooltip="The photos, one for each edited face.")],
         )
 
     @classmethod
-    def execute(cls, photo, image, crop, mask=None):
-        edited = host.pictures(image, "image")
-        n = len(edited)
+    def execute(cls, photo, edited, crop, mode, soft, before=None, mask=None):
+        new = host.pictures(edited, "edited")
+        n, size = len(new), new.shape[-1]
         x = host.repeat(host.pictures(photo, "photo"), n, "photo")
-        mask = None if mask is None else host.repeat(host.mask_pictures(mask, "mask"), n, "mask")
-        where, found = crop.crop.expand(n), crop.found.expand(n)
-        out = torch.cat(
-            [
-                align.paste_back(x[i : i + 1], edited[i : i + 1], where[i], None if mask is None else mask[i : i + 1])
+        before = (
+            [None] * n
+            if before is None
+            else host.repeat(host.pictures(before, "before"), n, "before").split(1)
+        )
+        mask = (
+            [None] * n
+            if mask is None
+            else host.repeat(host.mask_pictures(mask, "mask", size), n, "mask").split(1)
+        )
+        where, found = host.repeat(crop.crop, n, "crop").resized(size), crop.found.expand(n)
+        out = [
+            host.image(
+                align.paste_back(x[i : i + 1], new[i : i + 1], where[i], mask[i], before[i], mode, soft)
                 if found[i]
                 else x[i : i + 1]
-                for i in range(n)
-            ]
-        )
-        return io.NodeOutput(host.image(out))
+            )
+            for i in range(n)
+        ]
+        return io.NodeOutput(torch.cat(out))

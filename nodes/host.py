@@ -1,4 +1,4 @@
-"""Everything that touches ComfyUI's insides: pictures, devices, memory, progress, model files, the host MODEL.
+"""All that touches ComfyUI's insides: pictures, devices, memory, progress, model files, the host MODEL.
 
 ComfyUI's pictures are B,H,W,C float 0..1 on the CPU; ours are B,C,H,W. Its nodes run in inference
 mode; networks are built and fits are made outside of it, see `gradients`.
@@ -18,6 +18,7 @@ import comfy.supported_models_base
 import comfy.utils
 import folder_paths
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -48,17 +49,24 @@ def pictures(image: Tensor, name: str, least: int = 32, most: int | None = None)
     if min(height, width) < least:
         raise ValueError(f"'{name}' is {width} x {height} pixels: too small, {least} x {least} is the least")
     if most and max(height, width) > most:
-        raise ValueError(f"'{name}' is {width} x {height} pixels, {most} is the most here: put Align Face before it")
+        raise ValueError(
+            f"'{name}' is {width} x {height} pixels, {most} is the most here: put Align Face before it"
+        )
     return x.contiguous()
 
 
-def mask_pictures(mask: Tensor, name: str) -> Tensor:
-    """MASK [B,H,W] or [H,W] -> [B,1,H,W] float32 on the working device."""
+def mask_pictures(mask: Tensor, name: str, size: int | None = None) -> Tensor:
+    """MASK [B,H,W] or [H,W] -> [B,1,H,W] float32 on the working device; with size resized to that square."""
     if mask.ndim == 2:
         mask = mask[None]
     if mask.ndim != 3 or 0 in mask.shape:
         raise ValueError(f"'{name}' is not a MASK (batch, height, width)")
-    return mask[:, None].to(mm.get_torch_device(), torch.float32).clamp(0, 1)
+    if not torch.isfinite(mask).all():
+        raise ValueError(f"'{name}' holds NaN or infinite values: look at the node that made it")
+    x = mask[:, None].to(device(), torch.float32).clamp(0, 1)
+    if size is None or x.shape[2:] == (size, size):
+        return x
+    return F.interpolate(x, (size, size), mode="bilinear", antialias=True)
 
 
 def repeat(x, n: int, name: str):
@@ -71,7 +79,9 @@ def repeat(x, n: int, name: str):
 def image(x: Tensor) -> Tensor:
     """[B,C,H,W] -> IMAGE, clamped to 0..1, on the host's device for results."""
     if not torch.isfinite(x).all():
-        raise ValueError("the result holds NaN: if the model runs in half precision, start ComfyUI with --force-fp32")
+        raise ValueError(
+            "the result holds NaN: if the model runs in half precision, start ComfyUI with --force-fp32"
+        )
     return x.clamp(0, 1).permute(0, 2, 3, 1).to(mm.intermediate_device(), torch.float32).contiguous()
 
 
@@ -216,7 +226,9 @@ class _Denoiser(nn.Module):
 
     def forward(self, x, t, **kwargs):
         if FIELDS[0] not in kwargs:
-            raise ValueError("this MODEL is a DiffusionRig: give it the conditioning of DiffusionRig Condition")
+            raise ValueError(
+                "this MODEL is a DiffusionRig: give it the conditioning of DiffusionRig Condition"
+            )
         return self.rig(x, t, RigCondition(*[kwargs[f] for f in FIELDS]))
 
 
@@ -272,5 +284,7 @@ def noise_latent(x_T: Tensor) -> dict:
 def noise(latent: dict) -> Tensor:
     """The inverse of `noise_latent`. Raises ValueError for a LATENT that is none."""
     if not latent.get("face_rig_noise"):
-        raise ValueError("'noise' is not from DDIM Invert: a picture's latent holds no noise, connect that node")
+        raise ValueError(
+            "'noise' is not from DDIM Invert: a picture's latent holds no noise, connect that node"
+        )
     return latent["samples"]

@@ -5,7 +5,9 @@ from comfy_api.latest import io
 from ..rig_core import checkpoints
 from . import host, sockets
 
-FILES = "A file in models/face_rig (.safetensors, or an official .pt), or the small one that comes with the pack."
+FILES = (
+    "A file in models/face_rig (.safetensors, or an official .pt), or the small one that comes with the pack."
+)
 
 
 class LoadFaceModel(io.ComfyNode):
@@ -15,11 +17,17 @@ class LoadFaceModel(io.ComfyNode):
             node_id="FaceRig_LoadFaceModel",
             display_name="Load Face Model",
             category="Face Rig/loaders",
-            description="Loads the 3D head that photos are fitted to. Use one for fitting, editing and rendering.",
+            description=(
+                "Loads the 3D head that photos are fitted to. Use one for fitting, editing and rendering."
+            ),
             inputs=[
-                io.Combo.Input("file", options=host.model_names(), default=host.DEFAULT, tooltip="The head. " + FILES)
+                io.Combo.Input(
+                    "file", options=host.model_names(), default=host.DEFAULT, tooltip="The head. " + FILES
+                )
             ],
-            outputs=[sockets.FaceModel.Output(display_name="face_model", tooltip="For Fit, Edit Face and Render.")],
+            outputs=[
+                sockets.FaceModel.Output(display_name="face_model", tooltip="For Fit, Edit Face and Render.")
+            ],
         )
 
     @classmethod

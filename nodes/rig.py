@@ -28,7 +28,12 @@ EXPRESSIONS = {
 
 def _degrees(name, most, tooltip):
     return io.Float.Input(
-        name, default=0.0, min=-most, max=most, step=0.5, tooltip=tooltip + " Added to the photo's own; 0 changes nothing."
+        name,
+        default=0.0,
+        min=-most,
+        max=most,
+        step=0.5,
+        tooltip=tooltip + " Added to the photo's own; 0 changes nothing.",
     )
 
 
@@ -43,11 +48,15 @@ class EditFace(io.ComfyNode):
             inputs=[
                 sockets.FaceModel.Input("face_model", tooltip="The one that the face was fitted with."),
                 sockets.FaceCode.Input("face_code", tooltip="From Fit to Landmarks."),
-                _degrees("yaw", 90.0, "Degrees; above 0 turns the face to the right of the picture. Good: -25..25."),
+                _degrees(
+                    "yaw", 90.0, "Degrees; above 0 turns the face to the right of the picture. Good: -25..25."
+                ),
                 _degrees("pitch", 60.0, "Degrees; above 0 lifts the chin. Good: -15..15."),
                 _degrees("roll", 180.0, "Degrees; above 0 tilts the head counter-clockwise. Good: -20..20."),
                 _degrees("jaw", 30.0, "Degrees; above 0 opens the mouth. Good: 0..20."),
-                _degrees("gaze_x", 40.0, "Degrees; above 0 looks to the right of the picture. Good: -20..20."),
+                _degrees(
+                    "gaze_x", 40.0, "Degrees; above 0 looks to the right of the picture. Good: -20..20."
+                ),
                 _degrees("gaze_y", 30.0, "Degrees; above 0 looks up. Good: -15..15."),
                 *[
                     io.Float.Input(
@@ -56,7 +65,9 @@ class EditFace(io.ComfyNode):
                         min=-1.0,
                         max=1.5,
                         step=0.05,
-                        tooltip=f"{what}: 1 is all the way, 0 changes nothing, below 0 the opposite. Good: 0..1.",
+                        tooltip=(
+                            f"{what}: 1 is all the way, 0 changes nothing, below 0 the opposite. Good: 0..1."
+                        ),
                     )
                     for name, (what, _) in EXPRESSIONS.items()
                 ],
@@ -84,7 +95,8 @@ class MovePhoto(io.ComfyNode):
             display_name="Move Photo",
             category="Face Rig/rig",
             description=(
-                "Moves the aligned photo along with an edited head, so that DDIM Invert starts from a photo that "
+                "Moves the aligned photo along with an edited head, so that DDIM Invert starts from a "
+                "photo that "
                 "already has the new pose. Only needed after Edit Face."
             ),
             inputs=[
@@ -94,17 +106,28 @@ class MovePhoto(io.ComfyNode):
                 sockets.FaceCode.Input("target", tooltip="The face from Edit Face."),
             ],
             outputs=[
-                io.Image.Output(display_name="moved", tooltip="The photo in the new pose, with smears where it showed nothing."),
-                io.Mask.Output(display_name="hidden", tooltip="White where the photo did not show the head: for Conditioned Sample."),
+                io.Image.Output(
+                    display_name="moved",
+                    tooltip="The photo in the new pose, with smears where it showed nothing.",
+                ),
+                io.Mask.Output(
+                    display_name="hidden",
+                    tooltip="White where the photo did not show the head: for Conditioned Sample.",
+                ),
             ],
         )
 
     @classmethod
     def execute(cls, face_model, image, source, target):
         x, n = host.pictures(image, "image"), max(len(image), len(source), len(target))
-        source, target = (host.repeat(c, n, s).to(x.device) for c, s in ((source, "source"), (target, "target")))
+        source, target = (
+            host.repeat(c, n, s).to(x.device) for c, s in ((source, "source"), (target, "target"))
+        )
         if tuple(x.shape[2:]) != tuple(source.size):
-            raise ValueError(f"'image' is {x.shape[3]} px wide, 'source' was fitted at {source.size[1]}: connect the same picture")
+            raise ValueError(
+                f"'image' is {x.shape[3]} px wide, 'source' was fitted at {source.size[1]}: connect the "
+                "same picture"
+            )
         grid, hidden = warp.flow(host.head(face_model), source, target)
         out = host.image(warp.apply(host.repeat(x, n, "image"), grid))
         return io.NodeOutput(out, host.mask(hidden), ui=ui.PreviewImage(out[:4], cls=cls))

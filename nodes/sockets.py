@@ -1,4 +1,4 @@
-"""The pack's own socket types. Everything else travels on the host's IMAGE, MASK, LATENT, MODEL, CONDITIONING.
+"""The pack's own socket types. All else travels on IMAGE, MASK, LATENT, MODEL, CONDITIONING and INT.
 
 FACE_MODEL      head model (rig_core.heads.HeadModel)
 FACE_CODE       rig_core.face.FaceCode, B faces of one picture size

@@ -121,7 +121,11 @@ def _api(host: Host):
         async def get_node_list(self):
             raise NotImplementedError
 
-    return {"io": io, "ui": types.SimpleNamespace(PreviewImage=PreviewImage), "ComfyExtension": ComfyExtension}
+    return {
+        "io": io,
+        "ui": types.SimpleNamespace(PreviewImage=PreviewImage),
+        "ComfyExtension": ComfyExtension,
+    }
 
 
 # comfy.*
@@ -256,7 +260,7 @@ def load_pack(monkeypatch):
 
 
 def nodes_by_id(nodes) -> dict:
-    """node_id -> class; checks what the host checks of a schema: unique ids, also between inputs and outputs."""
+    """node_id -> class, after the host's check of a schema: ids unique over inputs and outputs together."""
     found = {}
     for node in nodes:
         schema = node.define_schema()
