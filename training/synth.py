@@ -65,7 +65,9 @@ class SynthBatch(Batch):
         return replace(super()._map(f), code=self.code._map(f))
 
 
-def render(seeds, size: int = 128, device="cpu", *, person=None, pose=None, light=None, scene=None, camera=None) -> SynthBatch:
+def render(
+    seeds, size: int = 128, device="cpu", *, person=None, pose=None, light=None, scene=None, camera=None
+) -> SynthBatch:
     """Render portraits. seeds: B integers; each of person, pose (with expression), light, scene (backdrop and
     clothes), camera (framing and development) takes its own seeds [B] where given, else `seeds`.
 
@@ -94,7 +96,9 @@ def _portrait(seeds: tuple[int, ...], size: int, device) -> SynthBatch:
     t = mesh.template(str(device))
     head = t.head
     person = scene_.stack(scene_.Person, [scene_.sample_person(seeds[0], head.sizes)]).to(device)
-    pose = scene_.stack(scene_.Pose, [scene_.sample_pose(seeds[1], head.expression_names, head.expressions)]).to(device)
+    pose = scene_.stack(
+        scene_.Pose, [scene_.sample_pose(seeds[1], head.expression_names, head.expressions)]
+    ).to(device)
     lights = scene_.stack(light_.Lights, [scene_.sample_light(seeds[2])]).to(device)
     scene = scene_.stack(scene_.Scene, [lens.sample_scene(seeds[3])]).to(device)
     camera = scene_.stack(scene_.Camera, [lens.sample_camera(seeds[4])]).to(device)
@@ -108,6 +112,7 @@ def _portrait(seeds: tuple[int, ...], size: int, device) -> SynthBatch:
 def _hair_colour(t, texture: Tensor, person) -> Tensor:
     """The head's own hair colour (linear [B,3]), greyed or dyed."""
     own = scene_.linear((texture * t.scalp_map).sum((2, 3)) / t.scalp_map.sum())
+    own = torch.lerp(own, own.mean(1, keepdim=True), 0.2)
     grey, dye = person.grey[:, None], person.dye
     own = own + (own.new_tensor([0.52, 0.51, 0.50]) * (0.6 + 0.4 * grey) - own) * grey
     return own + (dye[:, :3] - own) * dye[:, 3:]
@@ -131,7 +136,9 @@ def frame(head, person, pose, camera, size: int) -> tuple[FaceCode, Tensor]:
     rotation = yaw @ pitch
 
     def posed(r):
-        p = torch.cat([matrix_to_axis_angle(r), pose.jaw[:, None], zero[:, None], zero[:, None], pose.gaze], 1)
+        p = torch.cat(
+            [matrix_to_axis_angle(r), pose.jaw[:, None], zero[:, None], zero[:, None], pose.gaze], 1
+        )
         marks = head.landmarks(head.verts(person.shape, pose.exp, p), p)
         eyes = [marks[:, a : a + 6, :2].mean(1) for a in (36, 42)]
         e, middle = eyes[1] - eyes[0], (eyes[0] + eyes[1]) / 2
@@ -230,12 +237,22 @@ def _shade(t, m, code, marks, texture, person, lights, scene, camera, size, smil
     sheen = sky * (s.f0 * 0.8 + 0.25 * s.f0.sqrt() * (1 - bumped[0, :, 2]).clamp(0, 1) ** 4)[:, None]
     radiance = s.albedo * (lit + sky) + gloss[0] + sheen
 
-    gain = _exposure(lit + sky, (material == mesh.SKIN) & (t.face_region[face]), camera)
+    gain = _exposure(lit + sky, (material == mesh.SKIN) & (t.face_region[face]), bare, camera)
     radiance = _scatter(a.index, radiance * gain, side)
     weights = torch.tensor(sh.LUMINANCE, device=radiance.device)
     kinds = torch.stack([material < mesh.CLOTH, material == mesh.SKIN, material == mesh.CLOTH], 1).float()
     image = torch.cat(
-        [radiance, _scatter(a.index, torch.cat([kinds, torch.stack([lit @ weights, free @ weights], 1), torch.ones_like(kinds[:, :1])], 1), side)], 1
+        [
+            radiance,
+            _scatter(
+                a.index,
+                torch.cat(
+                    [kinds, torch.stack([lit @ weights, free @ weights], 1), torch.ones_like(kinds[:, :1])], 1
+                ),
+                side,
+            ),
+        ],
+        1,
     )
     backdrop = F.interpolate(scene.background, (side, side), mode="bicubic", align_corners=False).clamp_min(0)
     backdrop = backdrop * (camera.white[0] * 2 ** camera.exposure[0])[:, None, None]
@@ -245,7 +262,9 @@ def _shade(t, m, code, marks, texture, person, lights, scene, camera, size, smil
     small = F.avg_pool2d(torch.cat([image[:, 3:], hair], 1), SUPERSAMPLE)
     head, skin, cloth, lit, free, cover, hair = small.split(1, 1)
     visible = image[:, 4:5] * (1 - _up(hair, side))
-    blocked = (1 - (image[:, 6:7] * image[:, 4:5]).sum() / (image[:, 7:8] * image[:, 4:5]).sum().clamp_min(1e-6)).reshape(1)
+    blocked = (
+        1 - (image[:, 6:7] * image[:, 4:5]).sum() / (image[:, 7:8] * image[:, 4:5]).sum().clamp_min(1e-6)
+    ).reshape(1)
     linear_light = light_.irradiance_sh(lights) * gain
     return SynthBatch(
         image=lens.develop(rgb, camera),
@@ -276,14 +295,20 @@ def _texture(t, texture: Tensor, a: Layer, face: Tensor) -> tuple[Tensor, dict[s
     return scene_.linear(x[:, :3]), dict(zip(mesh.MAPS, x[:, 3:].unbind(1)))
 
 
-def _exposure(light: Tensor, face: Tensor, camera) -> Tensor:
-    """Gain [3] that exposes the face: its brightest parts near 1, one power mean for flat and hard light alike."""
+def _exposure(light: Tensor, face: Tensor, bare: Tensor, camera) -> Tensor:
+    """Gain [3] that exposes the face: its brightest parts near 1, one power mean for flat and hard light alike.
+
+    Dark skin gets up to half a stop more, as a photographer opens up for it; bare [3] is the skin's colour.
+    """
     y = light[face] @ torch.tensor(sh.LUMINANCE, device=light.device)
     level = (y**4).mean() ** 0.25 if len(y) else light.new_tensor(1.0)
-    return 0.85 / level.clamp_min(1e-3) * 2 ** camera.exposure[0] * camera.white[0]
+    more = 0.5 * (1 - bare.mean() / 0.35).clamp(0, 1)
+    return 0.85 / level.clamp_min(1e-3) * 2 ** (camera.exposure[0] + more) * camera.white[0]
 
 
-def _hair_over(t, m, code, person, lights, fine, rough, rgb, below: Layer, gain, side) -> tuple[Tensor, Tensor]:
+def _hair_over(
+    t, m, code, person, lights, fine, rough, rgb, below: Layer, gain, side
+) -> tuple[Tensor, Tensor]:
     """Composite the hair: picture [1,3,side,side] and opacity [1,1,side,side]."""
     sky = _sky_at_vertices(m, m.hair, m.hair_normals, lights, rough)
     values = torch.cat([m.hair, m.hair_normals, m.hair_q, sky, m.hanging, m.beard[..., None]], -1)
@@ -327,10 +352,21 @@ def write(folder: Path, count: int, size: int, seed: int, each: int, workers: in
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         for (batch, _, _), (images, code, persons) in zip(jobs, pool.map(_chunk, jobs)):
             names = [f"synth-{n:07d}" for n in batch]
-            data.append(folder, names, images, code, kind="png", tags=("synth",), person=[f"synth-{p}" for p in persons])
+            data.append(
+                folder,
+                names,
+                images,
+                code,
+                kind="png",
+                tags=("synth",),
+                person=[f"synth-{p}" for p in persons],
+            )
             made += len(batch)
             rate = made / (time.monotonic() - start)
-            print(f"{len(done) + made} of {count}, {rate:.1f} a second, {(len(numbers) - made) / rate / 60:.0f} min left", flush=True)
+            print(
+                f"{len(done) + made} of {count}, {rate:.1f} a second, {(len(numbers) - made) / rate / 60:.0f} min left",
+                flush=True,
+            )
     data.finish(folder)
 
 
@@ -339,11 +375,17 @@ def sheet(count: int, size: int, seed: int, columns: int = 10) -> Tensor:
     images = render(range(seed, seed + count), size).image
     rows = -(-count // columns)
     images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, rows * columns - count))
-    return images.reshape(rows, columns, 3, size, size).permute(2, 0, 3, 1, 4).reshape(3, rows * size, columns * size)
+    return (
+        images.reshape(rows, columns, 3, size, size)
+        .permute(2, 0, 3, 1, 4)
+        .reshape(3, rows * size, columns * size)
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="dataset folder to write or to go on with")
     parser.add_argument("--sheet", type=Path, help="contact sheet to write (png)")
     parser.add_argument("--count", type=int, default=100)

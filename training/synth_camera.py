@@ -62,7 +62,9 @@ def _indoor(d: Draw) -> Tensor:
         cx, cy = d.uniform(-1.2, 1.2), d.uniform(-1.1, 1.0)
         w, h = d.uniform(0.05, 0.6), d.uniform(0.08, 0.9)
         box = (((x - cx).abs() < w) & ((y - cy).abs() < h)).float()
-        colour = linear(d.uniform(0.05, 0.9, 3) * 0.5 + d.uniform(0.0, 0.45)) * (d.uniform(1.5, 3.0) if d.chance(0.15) else 1)
+        colour = linear(d.uniform(0.05, 0.9, 3) * 0.5 + d.uniform(0.0, 0.45)) * (
+            d.uniform(1.5, 3.0) if d.chance(0.15) else 1
+        )
         image = torch.lerp(image, colour[:, None, None].expand_as(image), box)
     return _blur(image, d.uniform(0.4, 5.0))
 
@@ -84,7 +86,9 @@ def _outdoor(d: Draw) -> Tensor:
 
 def _background(d: Draw) -> Tensor:
     """[3,64,64] linear radiance."""
-    kind = d.pick(grey=0.16, blue=0.14, colour=0.10, white=0.05, black=0.05, bokeh=0.12, indoor=0.2, outdoor=0.18)
+    kind = d.pick(
+        grey=0.16, blue=0.14, colour=0.10, white=0.05, black=0.05, bokeh=0.12, indoor=0.2, outdoor=0.18
+    )
     if kind == "grey":
         return _studio(d, linear(d.uniform(0.15, 0.7)) * warmth(d.uniform(-0.3, 0.4)))
     if kind == "blue":
@@ -96,8 +100,12 @@ def _background(d: Draw) -> Tensor:
     if kind == "black":
         return _studio(d, linear(d.uniform(0.02, 0.15)) * warmth(d.uniform(-0.3, 0.4)))
     if kind == "bokeh":
-        return _blur(_blobs(d, linear(d.uniform(0.05, 0.5, 3)), int(d.uniform(6, 20)), d.uniform(0.5, 1.5)), 0.8)
-    return _indoor(d) if kind == "indoor" else _outdoor(d)
+        image = _blobs(d, linear(d.uniform(0.05, 0.5, 3)), int(d.uniform(6, 20)), d.uniform(0.5, 1.5))
+        image = _blur(image, 0.8)
+    else:
+        image = _indoor(d) if kind == "indoor" else _outdoor(d)
+    # places are less colourful than independent channels make them
+    return torch.lerp(image.mean(0, keepdim=True).expand_as(image), image, d.uniform(0.25, 0.9))
 
 
 def sample_scene(seed: int) -> dict:

@@ -47,7 +47,9 @@ def cone(direction: Tensor, radius: float, n: int) -> Tensor:
     i = torch.arange(n, dtype=torch.float32) + 0.5
     r, phi = radius * (i / n).sqrt(), i * math.pi * (3 - 5**0.5)
     x, y = frame(direction[None])[0, :2]
-    return F.normalize(direction + r[:, None].tan() * (phi.cos()[:, None] * x + phi.sin()[:, None] * y), dim=-1)
+    return F.normalize(
+        direction + r[:, None].tan() * (phi.cos()[:, None] * x + phi.sin()[:, None] * y), dim=-1
+    )
 
 
 def frame(direction: Tensor) -> Tensor:
@@ -162,7 +164,9 @@ def specular(normals: Tensor, lights: Lights, seen: Tensor, rough: Tensor, f0: T
     return torch.einsum("bln,blc->bnc", ggx * smith * fresnel * nl * seen[:, :AREA], lights.colour[:, :AREA])
 
 
-def strands(tangent: Tensor, normals: Tensor, lights: Lights, seen: Tensor, gloss: Tensor) -> tuple[Tensor, Tensor]:
+def strands(
+    tangent: Tensor, normals: Tensor, lights: Lights, seen: Tensor, gloss: Tensor
+) -> tuple[Tensor, Tensor]:
     """Hair after Kajiya and Kay (1989): (diffuse light [B,N,3], highlight [B,N,3]).
 
     tangent [B,N,3] unit strand direction, gloss [B,N] exponent. The cylinder's sine is mixed with the

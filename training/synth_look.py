@@ -64,14 +64,28 @@ def wrinkles(q: Tensor, wobble: Tensor, age: float, smile: float) -> Tensor:
     brow = lines * smooth(y, 0.55, 0.7) * (1 - smooth(y, 0.95, 1.1)) * (1 - smooth(x, 0.4, 0.75)) * 0.7
     angle = torch.atan2(y + 0.02, x - 0.55)
     far = ((x - 0.55) ** 2 + y * y).sqrt()
-    crow = torch.cos(angle * 9).clamp_min(0) ** 3 * smooth(far, 0.22, 0.3) * (1 - smooth(far, 0.36, 0.5)) * smooth(x, 0.7, 0.8) * 0.6
+    crow = (
+        torch.cos(angle * 9).clamp_min(0) ** 3
+        * smooth(far, 0.22, 0.3)
+        * (1 - smooth(far, 0.36, 0.5))
+        * smooth(x, 0.7, 0.8)
+        * 0.6
+    )
     frown = torch.exp(-((_segment(x, y, (0.085, 0.2), (0.1, 0.42)) / 0.02) ** 2)) * 0.5
     jowl = torch.exp(-((_segment(x, y, (0.43, -1.15), (0.47, -1.45)) / 0.05) ** 2)) * 0.5
     late = smooth(torch.tensor(age), 0.35, 1.0)
     return front * ((fold + jowl) * max(0.12, age) + (bag + brow + crow + frown) * late.item())
 
 
-def skin(q: Tensor, texture: Tensor, maps: dict[str, Tensor], lash: Tensor, person: Person, bare: Tensor, smile: float) -> Surface:
+def skin(
+    q: Tensor,
+    texture: Tensor,
+    maps: dict[str, Tensor],
+    lash: Tensor,
+    person: Person,
+    bare: Tensor,
+    smile: float,
+) -> Surface:
     """Skin, lips and brows. texture [N,3] the head's own albedo (linear), bare [3] the colour of bare skin, lash [N] lid margins."""
     p = {k: v[0] for k, v in vars(person).items()}
     u, v = torch.atan2(q[:, 0], q[:, 2] - AXIS[2].item()) * 0.6, q[:, 1] * 0.5
@@ -82,7 +96,9 @@ def skin(q: Tensor, texture: Tensor, maps: dict[str, Tensor], lash: Tensor, pers
     colour = blend(texture, bare, maps["scalp"])  # the hair is a mesh of its own
     dark = (1 - bare.mean() * 1.6).clamp(0, 1)
     red = torch.tensor([0.02, 0.10, 0.08], device=q.device)
-    colour = colour * torch.exp(p["blotches"] * (0.05 * coarse[:, None] * (1 - red * 4) - red * coarse[:, None] * 0.8))
+    colour = colour * torch.exp(
+        p["blotches"] * (0.05 * coarse[:, None] * (1 - red * 4) - red * coarse[:, None] * 0.8)
+    )
     colour = colour * torch.exp(0.035 * fine * (1 + age))[:, None]
     speckle = smooth(spots, 1.2 - 0.4 * p["freckles"], 2.0) * p["freckles"] * (0.3 + cheeks + nose)
     speckle = speckle + smooth(spots, 2.1, 2.6) * age * 0.6
@@ -100,13 +116,17 @@ def skin(q: Tensor, texture: Tensor, maps: dict[str, Tensor], lash: Tensor, pers
     colour = blend(colour, torch.full((3,), 0.01, device=q.device), liner.clamp(0, 0.9))
     shade = smooth(fine, -1.0, 1.5) * maps["beard"] * p["stubble"]
     colour = blend(colour, torch.minimum(p["hair_colour"] * 1.2, colour.amin(0)), 0.45 * shade)
-    gloss = (p["oil"] * (0.75 + 0.5 * nose - 0.3 * maps["beard"] + 0.25 * smooth(q[:, 1], 0.5, 1.0))).clamp(0.2, 2.5)
+    gloss = (p["oil"] * (0.75 + 0.5 * nose - 0.3 * maps["beard"] + 0.25 * smooth(q[:, 1], 0.5, 1.0))).clamp(
+        0.2, 2.5
+    )
     gloss = gloss * torch.exp(0.15 * fine)
-    rough = torch.lerp(p["rough"].expand_as(lips), torch.full_like(lips, 0.22), lips * (0.4 + 0.5 * p["lipstick"][3]))
-    relief = 0.0022 * fine * (0.6 + age) - 0.016 * folds
+    rough = torch.lerp(
+        p["rough"].expand_as(lips), torch.full_like(lips, 0.22), lips * (0.4 + 0.5 * p["lipstick"][3])
+    )
+    relief = 0.0008 * fine * (0.6 + age) - 0.012 * folds
     relief = relief + 0.006 * lips * torch.cos(q[:, 0] * 90 + 2 * fine) * 0.4
     wrap = torch.tensor([0.24, 0.10, 0.06], device=q.device) * (1 - 0.6 * dark)
-    return Surface(colour, relief, rough, 0.028 * gloss, wrap.expand_as(q), torch.ones_like(lips))
+    return Surface(colour, relief, rough, 0.042 * gloss, wrap.expand_as(q), torch.ones_like(lips))
 
 
 def _cloth(q: Tensor, person: Person, scene: Scene) -> Tensor:
@@ -117,11 +137,15 @@ def _cloth(q: Tensor, person: Person, scene: Scene) -> Tensor:
     deep = scene.neckline[0]
     inside = smooth((y + deep * 1.1) * 0.62 + 0.06 - x, -0.02, 0.02) * front * (deep > 0)
     colour = blend(jacket.expand(len(q), 3), shirt, inside)
-    lapel = smooth(0.22 - (x - (y + deep * 1.1) * 0.62 - 0.06), -0.02, 0.02) * (1 - inside) * front * (deep > 0)
+    lapel = (
+        smooth(0.22 - (x - (y + deep * 1.1) * 0.62 - 0.06), -0.02, 0.02) * (1 - inside) * front * (deep > 0)
+    )
     colour = colour * (1 - 0.25 * lapel)[:, None]
     band = smooth(q[:, 1], 0.05, 0.12) * scene.collar[0]
     colour = blend(colour, shirt, band)
-    knot = smooth((0.16 + 0.03 * (-y)).clamp(0.1, 0.3) - x, -0.015, 0.015) * front * inside.ceil() * scene.tie[0]
+    knot = (
+        smooth((0.16 + 0.03 * (-y)).clamp(0.1, 0.3) - x, -0.015, 0.015) * front * inside.ceil() * scene.tie[0]
+    )
     stripes = 1 + 0.35 * torch.sin((q[:, 0] + y) * 22)
     colour = blend(colour, tie, 0.0 * knot)
     colour = torch.lerp(colour, tie * stripes[:, None], knot[:, None])
@@ -129,7 +153,15 @@ def _cloth(q: Tensor, person: Person, scene: Scene) -> Tensor:
 
 
 def opaque(
-    material: Tensor, q: Tensor, texture: Tensor, maps: dict[str, Tensor], lash: Tensor, person: Person, scene: Scene, bare: Tensor, smile: float
+    material: Tensor,
+    q: Tensor,
+    texture: Tensor,
+    maps: dict[str, Tensor],
+    lash: Tensor,
+    person: Person,
+    scene: Scene,
+    bare: Tensor,
+    smile: float,
 ) -> Surface:
     """Everything but hair: one Surface over points of all materials [N]."""
     s = skin(q, texture, maps, lash, person, bare, smile)
@@ -155,7 +187,9 @@ def opaque(
         pick(s.rough, 0.09, 0.7, 0.18, 0.15),
         pick(s.f0, 0.035, 0.01, 0.08, 0.035),
         torch.where(plain[:, None], torch.where(is_eye[:, None], 0.1, 0.0).expand_as(s.wrap), s.wrap),
-        torch.where(is_eye, lid_shade, torch.where(wet, torch.full_like(lid_shade, 0.7), torch.ones_like(lid_shade))),
+        torch.where(
+            is_eye, lid_shade, torch.where(wet, torch.full_like(lid_shade, 0.7), torch.ones_like(lid_shade))
+        ),
     )
 
 
@@ -181,13 +215,14 @@ def hair(q: Tensor, hanging: Tensor, beard: Tensor, facing: Tensor, person: Pers
     e1 = F.normalize(torch.linalg.cross(pole, pole.new_tensor([1.0, 0.2, 0.1])), dim=0)
     e2 = torch.linalg.cross(pole, e1)
     d = F.normalize(q - AXIS.to(q), dim=-1)
-    across = torch.atan2(d @ e1, d @ e2)
-    along = torch.acos((d @ pole).clamp(-0.999, 0.999))
+    around, polar = torch.atan2(d @ e1, d @ e2), torch.acos((d @ pole).clamp(-0.999, 0.999))
+    circle = p["sideways"] > 0
+    across, along = torch.where(circle, polar, around), torch.where(circle, around, polar)
     whiskers = beard * smooth(-q[:, 1], 0.3, 0.6)
     across = torch.lerp(torch.where(hung > 0.5, hanging[:, 0], across), q[:, 0] * 1.5, whiskers)
     along = torch.lerp(torch.where(hung > 0.5, -hanging[:, 1] * 0.6, along), q[:, 1], whiskers)
-    bend = tile(grain[3], across * 0.25, along * 0.25)
-    across = across + (0.05 + 0.25 * curl * curl) * bend
+    bend = tile(grain[3], across * 0.3, along * 0.3)
+    across = across + (0.06 + 0.2 * curl * curl) * bend
     stretch = 0.05 + 0.5 * curl.clamp(0.1, 1.0) ** 2
     fine = tile(grain[0], across * 1.1, along * stretch)
     broad = tile(grain[1], across * 0.4, along * stretch * 0.5)
@@ -206,13 +241,15 @@ def hair(q: Tensor, hanging: Tensor, beard: Tensor, facing: Tensor, person: Pers
     deep = smooth(edge, -0.05, 0.35)
     colour = colour * (1.0 - 0.25 * (1 - deep) * (hung < 0.5))[:, None]
     side = torch.linalg.cross(pole.expand_as(d), d)
-    tangent = F.normalize(torch.linalg.cross(d, side), dim=-1)
+    tangent = F.normalize(torch.where(circle, side, torch.linalg.cross(d, side)), dim=-1)
     down = q.new_tensor([0.0, -1.0, 0.0])
     tangent = torch.where((hung > 0.5)[:, None] | (whiskers > 0.5)[:, None], down, tangent)
     tangent = F.normalize(tangent + (0.12 + 0.5 * curl) * (0.6 * fine + 0.4 * bend)[:, None] * e1, dim=-1)
     gloss = torch.full_like(fine, 24.0) / (1 + 2 * curl)
     strength = 0.10 * (1 - 0.7 * curl) * torch.exp(0.35 * fine) * (1 - 0.7 * whiskers)
-    shine = strength[:, None] * torch.lerp(torch.full((3,), 0.5, device=q.device), p["hair_colour"] * 1.6, 0.5)
+    shine = strength[:, None] * torch.lerp(
+        torch.full((3,), 0.5, device=q.device), p["hair_colour"] * 1.6, 0.5
+    )
     return Hair(colour, alpha, tangent, gloss, shine)
 
 

@@ -87,7 +87,9 @@ def _clusters(q: Tensor, faces: Tensor, cell: float) -> tuple[Tensor, Tensor]:
 
 def grid_faces(rows: int, columns: int, start: int, closed: bool = False) -> Tensor:
     """Triangles of a grid of rows x columns vertices; closed joins the last column to the first."""
-    r, c = torch.meshgrid(torch.arange(rows - 1), torch.arange(columns if closed else columns - 1), indexing="ij")
+    r, c = torch.meshgrid(
+        torch.arange(rows - 1), torch.arange(columns if closed else columns - 1), indexing="ij"
+    )
     n = (c + 1) % columns
     a, b = r * columns + c, r * columns + n
     quad = torch.stack([a, a + columns, b, b, a + columns, b + columns], -1)
@@ -109,7 +111,9 @@ def template(device: str = "cpu") -> Template:
     head_faces = head.faces
     # below the neck the bust takes over; the throat stays for open collars
     p = q[head_faces]
-    low = (p[..., 1].amax(1) < -2.4) & ((p[..., 0].abs().amax(1) > 0.9) | (p[..., 2].amax(1) < -1.5)) | (p[..., 1].amax(1) < -3.0)
+    low = (p[..., 1].amax(1) < -2.4) & ((p[..., 0].abs().amax(1) > 0.9) | (p[..., 2].amax(1) < -1.5)) | (
+        p[..., 1].amax(1) < -3.0
+    )
     material = torch.full((len(q),), SKIN)
     for name, number in (("mouth", MOUTH), ("teeth", TEETH), ("eyes", EYE)):
         material[m[name] > 0.5] = number
@@ -227,7 +231,9 @@ def thickness(q: Tensor, beard: Tensor, person: Person) -> Tensor:
     t = t + 0.09 * overhang.clamp(0, 1) + 0.012
     hair = t * person.hair[:, None]
     chin = smooth(-p[..., 1], 1.0, 1.6)
-    return torch.maximum(hair, person.beard[:, :1] * beard[None] * (0.5 + 0.7 * chin) + 0.008 * (beard[None] > 0))
+    return torch.maximum(
+        hair, person.beard[:, :1] * beard[None] * (0.5 + 0.7 * chin) + 0.008 * (beard[None] > 0)
+    )
 
 
 CURTAIN = (14, 44)  # rows down, columns around
@@ -245,15 +251,23 @@ def curtain(person: Person) -> tuple[Tensor, Tensor]:
     s = torch.linspace(-1, 1, columns, device=t.device)[None]
     length, volume = person.length[:, None, None], person.volume[:, None, None]
     y = 0.95 - t * (0.95 + length)
-    front = torch.deg2rad(66 - 10 * smooth(-y, 0.8, 2.2) + 8 * torch.tanh(person.parting[:, :1, None]) * s.sign())
+    part = torch.tanh(2 * person.parting[:, :1, None])
+    front = torch.deg2rad(62 - 12 * smooth(-y, 0.8, 2.2) + 8 * part * s.sign())
     theta = s.sign() * (front + (math.pi - front) * (1 - s.abs()))
     widen = smooth(-y, -0.9, 0.4)
     hang = smooth(-y, 0.6, 3.0)
-    bulge = volume * (0.55 + 0.7 * widen) - 0.10 * hang + 0.6 * volume * person.curl[:, None, None] * widen
-    wave = 0.05 * torch.sin(theta * 11 + y * 2.0) + 0.04 * torch.sin(theta * 23 - y * 3 + 1)
-    wave = wave * (0.3 + widen) * (0.5 + person.curl[:, None, None])
-    rx, rz = 1.14 + bulge + wave + 0.12 * widen, 1.55 + bulge + wave - 0.25 * hang
-    side = torch.where(theta.cos() > 0, 1.25 + 0.4 * hang + bulge + wave, rz)
+    body = smooth(1 - s.abs(), 0.0, 0.18)  # the front edge lies on the cheek, the mass behind it
+    curl = person.curl[:, None, None]
+    bulge = (
+        volume * (0.5 + 0.8 * widen) * (0.15 + 0.85 * body)
+        + 0.35 * volume * curl * widen * body
+        - 0.06 * hang
+    )
+    bulge = bulge * (1 - 0.6 * smooth(t, 0.65, 1.0) * (1 - 0.5 * curl)) - 0.06 * smooth(t, 0.7, 1.0)
+    wave = 0.03 * torch.sin(theta * 11 + y * 2.0) + 0.025 * torch.sin(theta * 23 - y * 3 + 1)
+    wave = wave * (0.3 + widen) * (0.4 + 1.5 * curl) * (0.3 + 0.7 * body)
+    rx, rz = 1.14 + bulge + wave + 0.16 * widen, 1.55 + bulge + wave - 0.25 * hang
+    side = torch.where(theta.cos() > 0, 1.25 + 0.3 * hang + bulge + wave, rz)
     x = rx * theta.sin()
     z = AXIS[2].item() + side * theta.cos()
     y = y.expand_as(x) + 0.05 * torch.sin(theta * 7) * hang
@@ -273,14 +287,20 @@ def bust(person: Person) -> Tensor:
     broad = (1.0 - 0.1 * person.female)[:, None]
     s = torch.linspace(0, 1, BUST[0], device=broad.device)[None]
     rows = [0, 0.11, 0.22, 0.33, 0.44, 0.55, 0.66, 0.78, 1]
-    rx = curve(s, rows, [1.08, 1.22, 1.55, 2.0, 2.5, 2.9, 3.2, 3.3, 3.3]) * torch.lerp(torch.ones_like(broad), broad, s)
+    rx = curve(s, rows, [1.08, 1.22, 1.55, 2.0, 2.5, 2.9, 3.2, 3.3, 3.3]) * torch.lerp(
+        torch.ones_like(broad), broad, s
+    )
     rz = curve(s, rows, [1.02, 1.08, 1.18, 1.25, 1.3, 1.4, 1.5, 1.6, 1.7])
     y = curve(s, rows, [0.42, 0.26, 0.08, -0.12, -0.32, -0.55, -0.9, -1.4, -3.0])
     phi = torch.linspace(0, 2 * math.pi, BUST[1] + 1, device=s.device)[None, None, :-1]
     x = rx[..., None] * phi.sin()
     z = rz[..., None] * phi.cos() * torch.where(phi.cos() > 0, 0.85, 1.0)
     # the neck opening dips in front
-    y = y[..., None] - 0.32 * (1 - s[..., None]) * phi.cos().clamp_min(0) ** 2 + 0.16 * (1 - s[..., None]) * (-phi.cos()).clamp_min(0)
+    y = (
+        y[..., None]
+        - 0.32 * (1 - s[..., None]) * phi.cos().clamp_min(0) ** 2
+        + 0.16 * (1 - s[..., None]) * (-phi.cos()).clamp_min(0)
+    )
     return torch.stack([x, y.expand_as(x), z], -1).reshape(len(person), -1, 3)
 
 
@@ -290,7 +310,10 @@ RING, TUBE, ARM = 28, 5, 2
 def _glasses_faces(start: int) -> Tensor:
     rings = [grid_faces(RING, TUBE, start + i * RING * TUBE, closed=True) for i in (0, 1)]
     close = [
-        torch.cat([torch.arange(TUBE) + i * RING * TUBE + (RING - 1) * TUBE, torch.arange(TUBE) + i * RING * TUBE]) + start
+        torch.cat(
+            [torch.arange(TUBE) + i * RING * TUBE + (RING - 1) * TUBE, torch.arange(TUBE) + i * RING * TUBE]
+        )
+        + start
         for i in (0, 1)
     ]
     join = grid_faces(2, TUBE, 0, closed=True)
@@ -318,7 +341,7 @@ def glasses(person: Person) -> Tensor:
     """Rims, bridge and arms [B,N,3] in canonical space; a point inside the head where none are worn."""
     g = person.glasses
     width, square = g[:, 4, None], g[:, 5, None]
-    radius = 0.018 + 0.03 * square[:, 0] * (g[:, 1:4].mean(1) < 0.05)
+    radius = 0.015 + 0.02 * square[:, 0] * (g[:, 1:4].mean(1) < 0.05)
     phi = torch.arange(RING, device=g.device)[None] * (2 * math.pi / RING)
     power = 2 / (2 + 4 * square)
     cx = phi.cos().sign() * phi.cos().abs() ** power * 0.40 * width
@@ -336,7 +359,10 @@ def glasses(person: Person) -> Tensor:
 
     rod([-inner, zero + 0.04, zero + 0.26], [inner, zero + 0.04, zero + 0.26])
     for side in (-1, 1):
-        rod([side * outer, zero + 0.05, 0.27 - 0.22 * (outer / 0.9) ** 2], [zero + side * 1.17, zero + 0.08, zero - 1.0])
+        rod(
+            [side * outer, zero + 0.05, 0.27 - 0.22 * (outer / 0.9) ** 2],
+            [zero + side * 1.17, zero + 0.08, zero - 1.0],
+        )
     p = torch.cat(parts, 1)
     return torch.where((g[:, :1] > 0)[..., None], p, p.new_tensor([0.0, 0.0, -1.0]))
 
@@ -394,7 +420,9 @@ def assemble(t: Template, person: Person, shape: Tensor, exp: Tensor, pose: Tens
     nb, ng = body.shape[1], rims.shape[1]
     body_faces = grid_faces(*BUST, 0, closed=True).to(body.device)
     rim_faces = _glasses_faces(0).to(body.device)
-    normals = torch.cat([normals, raster.vertex_normals(body, body_faces), raster.vertex_normals(rims, rim_faces)], 1)
+    normals = torch.cat(
+        [normals, raster.vertex_normals(body, body_faces), raster.vertex_normals(rims, rim_faces)], 1
+    )
     q = torch.cat([t.q.expand(b, -1, -1), bust(person), t.q.new_zeros(b, ng, 3)], 1)
     coarse = torch.stack([torch.sparse.mm(t.coarse, h) for h in head])
     dense = (growth(hair_q, wide_beard, hanging[..., 2], person) > 0.08) & (hair_q[..., 1] > -9)

@@ -41,11 +41,11 @@ class Draw:
         w = torch.tensor(list(weights.values()))
         return list(weights)[torch.multinomial(w, 1, generator=self.g).item()]
 
-    def noise(self, channels: int, size: int) -> Tensor:
-        """Tileable 1/f noise [channels,size,size], zero mean, unit variance: skin blotches, fabric, plaster."""
+    def noise(self, channels: int, size: int, power: float = 1.0) -> Tensor:
+        """Tileable 1/f^power noise [channels,size,size], zero mean, unit variance: skin, fabric, plaster."""
         f = torch.fft.fftfreq(size)
         r = (f[:, None] ** 2 + f[None] ** 2).sqrt().clamp_min(1 / size)
-        x = torch.fft.ifft2(torch.fft.fft2(self.normal(channels, size, size)) / r).real
+        x = torch.fft.ifft2(torch.fft.fft2(self.normal(channels, size, size)) / r**power).real
         return (x - x.mean((1, 2), keepdim=True)) / x.std((1, 2), keepdim=True)
 
 
@@ -85,7 +85,8 @@ class Person(Batch):
     volume: Tensor
     length: Tensor  # how far the hair hangs below the eyes; < -0.5: nothing hangs
     curl: Tensor  # 0 straight .. 1 curly
-    parting: Tensor  # [B,3] pole of the strands
+    parting: Tensor  # [B,3] pole of the strands on the scalp
+    sideways: Tensor  # 1 strands circle the pole, 0 they run towards it
     hair_colour: Tensor  # [B,3] filled in from the head's albedo
     grey: Tensor  # 0..1
     dye: Tensor  # [B,4] colour, amount
@@ -134,7 +135,10 @@ class Camera(Batch):
 def stack(cls, items: list[dict]):
     """Dictionaries of numbers and tensors -> one batch of the dataclass `cls`."""
     return cls(
-        **{f.name: torch.stack([torch.as_tensor(i[f.name], dtype=torch.float32) for i in items]) for f in fields(cls)}
+        **{
+            f.name: torch.stack([torch.as_tensor(i[f.name], dtype=torch.float32) for i in items])
+            for f in fields(cls)
+        }
     )
 
 
@@ -183,8 +187,8 @@ def sample_light(seed: int) -> dict:
     key = toward(side * d.uniform(*azimuth), d.uniform(*elevation))
     warm = d.uniform(-0.35, 0.55) if setup != "sun" else d.uniform(0.0, 0.9)
     colour = warmth(warm)
-    if d.chance(0.06):  # stage light
-        colour = colour * torch.exp(0.7 * d.normal(3))
+    if d.chance(0.05):  # stage light
+        colour = colour * torch.exp(0.5 * d.normal(3))
         colour = colour / (colour @ torch.tensor([0.2126, 0.7152, 0.0722]))
     tint = warmth(d.uniform(-1.1, -0.3)) if setup in ("sun", "overcast") else warmth(d.uniform(-0.5, 0.5))
     sky_amount = math.exp(d.uniform(*map(math.log, ratio)))
@@ -260,9 +264,10 @@ def _tex(d: Draw, female: bool, age: float) -> Tensor:
     hair = d.normal(1).item() + 1.6 * dark
     own = dict(
         melanin=melanin,
-        haemoglobin=0.9 * d.normal(1).item(),
+        haemoglobin=0.6 * d.normal(1).item(),
         hair_dark=max(-2.2, min(2.5, hair)),
         brow_darkness=max(-1.5, min(2.5, 0.8 * hair + 0.4 * d.normal(1).item())),
+        brow_density=0.5 + 0.8 * d.normal(1).item(),
         iris_brown=0.8 * d.normal(1).item() + 2.0 * dark,
         stubble=-2.5 if female else d.uniform(-2.0, 1.2),
     )
@@ -271,25 +276,40 @@ def _tex(d: Draw, female: bool, age: float) -> Tensor:
 
 def _hair(d: Draw, female: bool, age: float, tightly: float) -> dict:
     """Cut and growth of the hair; `tightly` is the chance of coils."""
-    style = d.pick(bald=0.01, buzz=0.03, short=0.18, bob=0.30, long=0.48) if female else d.pick(
-        bald=0.10, buzz=0.16, short=0.62, bob=0.07, long=0.05
+    style = (
+        d.pick(bald=0.01, buzz=0.03, short=0.18, bob=0.30, long=0.48)
+        if female
+        else d.pick(bald=0.10, buzz=0.16, short=0.62, bob=0.07, long=0.05)
     )
     coils = d.chance(tightly)
-    volume = {"bald": 0.0, "buzz": 0.03, "short": d.uniform(0.10, 0.32), "bob": d.uniform(0.12, 0.3), "long": d.uniform(0.10, 0.3)}[style]
-    length = {"bob": d.uniform(0.6, 2.2), "long": d.uniform(2.2, 4.5)}.get(style, -1.0)
+    volume = {
+        "bald": 0.0,
+        "buzz": 0.03,
+        "short": d.uniform(0.10, 0.32),
+        "bob": d.uniform(0.15, 0.4),
+        "long": d.uniform(0.12, 0.4),
+    }[style]
+    length = {"bob": d.uniform(0.9, 2.0), "long": d.uniform(2.2, 4.5)}.get(style, -1.0)
     if coils and style != "bald":
-        volume, length = volume * 1.8, length * 0.7 if length > 0 else length
+        volume, length = volume * 1.5, length * 0.7 if length > 0 else length
     side = d.uniform(-0.7, 0.7)
-    pole = {"front": [side * 0.3, 0.35, 1.0], "top": [side * 0.5, 1.0, -0.35], "part": [side, 1.0, 0.5]}
-    way = d.pick(front=0.3, top=0.45, part=0.25) if style in ("buzz", "short") else d.pick(top=0.4, part=0.6)
+    pole = {
+        "back": [side * 0.3, -0.15, 1.0],
+        "crown": [side * 0.5, 1.0, -0.5],
+        "side": [side * 0.2, 0.25, 1.0],
+    }
+    way = (
+        d.pick(back=0.3, crown=0.4, side=0.3) if style in ("buzz", "short") else d.pick(crown=0.35, side=0.65)
+    )
     return dict(
         hair=float(style != "bald"),
         hairline=0.04 * d.normal(1).item() + (0 if female else age * d.uniform(0.0, 0.45)),
         horseshoe=d.uniform(0.3, 1.0) * (not female and age > 0.3 and style in ("buzz", "short") and d.chance(0.35)),
-        fringe=d.uniform(0.25, 0.75) * d.chance(0.3 if female else 0.2) * (volume > 0.08),
+        fringe=d.uniform(0.25, 0.75) * d.chance(0.22 if female else 0.15) * (volume > 0.08),
         volume=volume,
         length=length,
         curl=d.uniform(0.7, 1.0) if coils else d.uniform(0.0, 0.5),
+        sideways=float(way == "side"),
         parting=torch.nn.functional.normalize(torch.tensor(pole[way]), dim=0),
     )  # fmt: skip
 
@@ -299,7 +319,11 @@ def _face_paint(d: Draw, female: bool, age: float) -> dict:
     made_up = female and d.chance(0.65)
     lip = linear([d.uniform(0.45, 0.85), d.uniform(0.1, 0.42), d.uniform(0.15, 0.42)])
     shade = linear(d.uniform(0.1, 0.5, 3))
-    kind = "none" if female else d.pick(none=0.40, stubble=0.22, moustache=0.06, goatee=0.10, short=0.14, full=0.08)
+    kind = (
+        "none"
+        if female
+        else d.pick(none=0.52, stubble=0.20, moustache=0.05, goatee=0.07, short=0.10, full=0.06)
+    )
     beard = {
         "moustache": [d.uniform(0.03, 0.1), 0.0, 1.0, 0.0],
         "goatee": [d.uniform(0.02, 0.10), 0.0, 1.0, 1.0],
@@ -325,7 +349,7 @@ def sample_person(seed: int, sizes) -> dict:
     shape = d.normal(sizes.shape).clamp(-2.5, 2.5) * 0.9
     worn = d.chance(0.22)
     frame_colour = linear([0.03, 0.03, 0.035]) if d.chance(0.5) else linear(d.uniform(0.05, 0.55, 3))
-    grey = min(1.0, max(0.0, (age - 0.45) * 2.2 + 0.4 * d.normal(1).item())) * d.chance(0.75)
+    grey = min(1.0, max(0.0, (age - 0.55) * 2.2 + 0.4 * d.normal(1).item())) * d.chance(0.75)
     hair = _hair(d, female, age, max(0.0, dark * 1.4 - 0.55))
     return dict(
         shape=shape,
@@ -333,7 +357,7 @@ def sample_person(seed: int, sizes) -> dict:
         female=female,
         age=age,
         oil=math.exp(0.45 * d.normal(1).item()),
-        rough=d.uniform(0.28, 0.52),
+        rough=d.uniform(0.24, 0.46),
         freckles=d.uniform(0.2, 1.0) * (d.chance(0.15) and dark < 0.5),
         blotches=d.uniform(0.3, 1.0),
         **_face_paint(d, female, age),
@@ -341,6 +365,12 @@ def sample_person(seed: int, sizes) -> dict:
         hair_colour=torch.zeros(3),
         grey=grey,
         dye=torch.cat([linear(d.uniform(0.05, 0.8, 3)), torch.tensor([0.8 * d.chance(0.03)])]),
-        glasses=torch.cat([torch.tensor([float(worn)]), frame_colour, torch.tensor([d.uniform(0.8, 1.1), d.uniform(0.2, 0.9)])]),
-        grain=d.noise(4, 128),
+        glasses=torch.cat(
+            [
+                torch.tensor([float(worn)]),
+                frame_colour,
+                torch.tensor([d.uniform(0.8, 1.1), d.uniform(0.2, 0.9)]),
+            ]
+        ),
+        grain=torch.cat([d.noise(3, 128), d.noise(1, 128, 2.5)]),
     )
