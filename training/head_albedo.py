@@ -16,7 +16,10 @@ SIZE = 256
 SKIN_ROWS = round(SIZE * (1 - STRIP)) + 1
 EYES = ("eye_left", "eye_right")
 IRIS, PUPIL = np.deg2rad([23.0, 9.0])
-KINDS = {n: i for i, n in enumerate(["skin", "nostril", "socket", "mouth", "gums", "teeth_upper", "teeth_lower", *EYES])}
+KINDS = {
+    n: i
+    for i, n in enumerate(["skin", "nostril", "socket", "mouth", "gums", "teeth_upper", "teeth_lower", *EYES])
+}
 
 
 def smoothstep(x, lo, hi):
@@ -68,8 +71,14 @@ def regions(p: np.ndarray, marks: np.ndarray) -> dict[str, np.ndarray]:
     beard_full = height((0, 2.2), (20, 2.6), (45, 4.6), (70, 2.5), (80, 0.5))
     oval = ((y - 1.5) / 3.5) ** 2 + ((z - 0.9) / 2.7) ** 2
     lips = _lips(p, marks)
-    beard = smoothstep(-y, beard_on, beard_full) * (1 - smoothstep(theta, 76, 84)) * smoothstep(y, -11.5, -8.5)
-    flush = blob(4.2, -0.2, 9, 1.9, 1.9, 4) + 0.3 * blob(0, -6.3, 11, 1.6, 1, 3) + 0.8 * blob(0, 0.2, 12.6, 1.5, 1.1, 1.8)
+    beard = (
+        smoothstep(-y, beard_on, beard_full) * (1 - smoothstep(theta, 76, 84)) * smoothstep(y, -11.5, -8.5)
+    )
+    flush = (
+        blob(4.2, -0.2, 9, 1.9, 1.9, 4)
+        + 0.3 * blob(0, -6.3, 11, 1.6, 1, 3)
+        + 0.8 * blob(0, 0.2, 12.6, 1.5, 1.1, 1.8)
+    )
     return {
         "lips": lips,
         "brows": _brows(p, marks),
@@ -82,7 +91,9 @@ def regions(p: np.ndarray, marks: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def vertex_masks(mesh: Mesh, points: np.ndarray, marks: np.ndarray, eye_centre: np.ndarray) -> dict[str, np.ndarray]:
+def vertex_masks(
+    mesh: Mesh, points: np.ndarray, marks: np.ndarray, eye_centre: np.ndarray
+) -> dict[str, np.ndarray]:
     """Masks [V] 0..1 by name."""
     skin = (mesh.part == "skin").astype(float)
     soft = regions(points, marks)
@@ -156,7 +167,9 @@ def skin_maps(marks: np.ndarray, p: np.ndarray, openness: np.ndarray):
     rng = np.random.default_rng(7)
 
     def noise(*sigmas):
-        n = sum(gaussian_filter(rng.standard_normal(p.shape[:2]), s, mode="wrap") * np.mean(s) for s in sigmas)
+        n = sum(
+            gaussian_filter(rng.standard_normal(p.shape[:2]), s, mode="wrap") * np.mean(s) for s in sigmas
+        )
         return n / n.std()
 
     soft, line = regions(p, marks), _lines(marks, p)

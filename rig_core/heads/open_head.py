@@ -192,19 +192,20 @@ class OpenHead(nn.Module):
         blood = blood + (0.14 * F.softplus(0.5 + t["cheeks"])) * m["flush"]
         blood = blood + (0.34 * F.softplus(1.2 + t["lips"])) * m["lips"]
         blood = blood + 0.6 * m["cavity"]
-        x = _rgb(melanin, -0.20, -0.48, -0.62) - melanin * _rgb(melanin, 0.68, 0.86, 1.0)
+        x = _rgb(melanin, -0.20, -0.48, -0.76) - melanin * _rgb(melanin, 0.68, 0.86, 1.0)
         x = torch.exp((x - blood * _rgb(melanin, 0.30, 1.0, 0.80)) / 2.2)
 
         warm = torch.tanh(0.7 * t["hair_warm"])
-        hair, brow = _hair(t["hair_dark"], warm), _hair(t["brow_darkness"] + 0.3, warm)
-        beard = 0.3 * torch.sigmoid(1.6 * t["stubble"] - 2) * m["beard"]
+        darker = F.softplus(1.2 * t["melanin"])  # hair goes with skin: its numbers say how it differs
+        hair, brow = _hair(t["hair_dark"] + darker, warm), _hair(t["brow_darkness"] + darker + 0.3, warm)
+        beard = 0.4 * torch.sigmoid(1.6 * t["stubble"] - 2) * m["beard"]
         x = x + (beard + m["scalp"]) * (hair * (0.75 + 0.5 * m["strands"]) - x)
-        brows = 0.85 * torch.sigmoid(0.9 * t["brow_density"] + 0.4) * m["brows"]
+        brows = 0.85 * torch.sigmoid(0.9 * t["brow_density"] + 0.6) * m["brows"]
         return x + torch.maximum(brows, 0.75 * m["lashes"]) * (brow - x)
 
     def _inner(self, t: dict[str, Tensor]) -> Tensor:
         """Lower rows: eyes, teeth, mouth; only the iris varies."""
-        brown = torch.sigmoid(1.5 * t["iris_brown"] + 0.5)
+        brown = torch.sigmoid(1.5 * t["iris_brown"] + 1.5 * t["melanin"] + 0.5)
         iris = torch.lerp(_rgb(brown, 0.42, 0.52, 0.58), _rgb(brown, 0.30, 0.17, 0.09), brown)
         return self.map_fixed + self.map_iris * iris * (1.25 * torch.exp(0.25 * t["iris_light"]))
 
