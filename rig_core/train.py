@@ -274,7 +274,7 @@ def load_state(state: State, path: Path) -> None:
 def weights(path: str | Path) -> dict[str, Tensor]:
     """The weights to start another run from: the EMA of a training state, or a bare model file."""
     tensors, _ = checkpoints.read(path)
-    return _part(tensors, "ema.") or tensors
+    return _part(tensors, "ema.") or {k: v for k, v in tensors.items() if not k.startswith("meta.")}
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
