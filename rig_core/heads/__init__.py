@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..face import FaceCode
@@ -38,14 +39,22 @@ class HeadModel(Protocol):
     light_mean: Tensor
     light_std: Tensor
 
-    def verts(self, shape: Tensor, exp: Tensor, pose: Tensor) -> Tensor:
-        """[B,S], [B,E], [B,P] -> vertices [B,V,3]."""
+    landmark_vertices: Tensor
+
+    def verts(self, shape: Tensor, exp: Tensor, pose: Tensor, index: Tensor | None = None) -> Tensor:
+        """[B,S], [B,E], [B,P] -> vertices [B,V,3], or those of index [N] alone [B,N,3]."""
 
     def landmarks(self, verts: Tensor, pose: Tensor) -> Tensor:
-        """68 landmarks [B,68,3] in iBUG order, the contour 0..16 on the silhouette."""
+        """68 landmarks [B,68,3] in iBUG order, the contour 0..16 on the silhouette.
+
+        verts: all vertices, or only those of `landmark_vertices` [N].
+        """
 
     def albedo(self, tex: Tensor) -> Tensor:
         """[B,T] -> texture [B,3,h,w] in display space, row 0 is v = 1."""
+
+    def skin(self, tex: Tensor, texels: Tensor) -> Tensor:
+        """The albedo at texels [B,N] (row * width + column) alone: [B,3,N]."""
 
     def centre(self, verts: Tensor) -> Tensor:
         """Centre of the face [B,3] that edits of the pose keep in place."""
@@ -55,3 +64,31 @@ class HeadModel(Protocol):
 
     def to(self, *args, **kwargs) -> HeadModel:
         """Move to a device."""
+
+
+def face_centre(inner: Tensor) -> Tensor:
+    """FFHQ's centre [B,3] of landmarks 17..67 [B,51,3]: from the eyes a tenth of the way to the mouth corners."""
+    eyes = (inner[:, 19:25].mean(1) + inner[:, 25:31].mean(1)) / 2
+    return eyes + 0.1 * ((inner[:, 31] + inner[:, 37]) / 2 - eyes)
+
+
+def centred_code(head: HeadModel, inner: Tensor, batch: int, size: int | tuple[int, int]) -> FaceCode:
+    """Zero coefficients and the mean light, with a camera that puts the face where FFHQ has it.
+
+    inner [1,51,3]: landmarks 17..67 of the mean face. The eyes are a quarter of the picture apart; a picture that is not
+    square holds the face in its middle square.
+    """
+    h, w = (size, size) if isinstance(size, int) else size
+    side = min(h, w)
+    apart = inner[0, 25:31, 0].mean() - inner[0, 19:25, 0].mean()
+    centre = face_centre(inner)[0]
+    k = 224 / side
+    crop = [[k, 0, -k * (w - side) / 2], [0, k, -k * (h - side) / 2], [0, 0, 1]]
+    return FaceCode(
+        **{name: inner.new_zeros(batch, n) for name, n in vars(head.sizes).items()},
+        cam=torch.stack([0.5 / apart, -centre[0], -centre[1]]).repeat(batch, 1),
+        light=head.light_mean.repeat(batch, 1, 1),
+        crop=inner.new_tensor(crop).repeat(batch, 1, 1),
+        size=(h, w),
+        head=head.name,
+    )

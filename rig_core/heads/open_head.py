@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..face import FaceCode, axis_angle_to_matrix
-from . import HeadSizes
+from . import HeadSizes, centred_code, face_centre
 
 TEX = (
     "melanin",
@@ -135,32 +135,14 @@ class OpenHead(nn.Module):
 
     def centre(self, verts: Tensor) -> Tensor:
         """Point [B,3] a tenth of the way from the middle of the eyes to the middle of the mouth corners."""
-        p = verts[:, self.landmark_index]
-        eyes = (p[:, 36:42].mean(1) + p[:, 42:48].mean(1)) / 2
-        return eyes + 0.1 * ((p[:, 48] + p[:, 54]) / 2 - eyes)
+        return face_centre(verts[:, self.landmark_index[17:]])
 
     def mean_code(self, batch: int, size: int | tuple[int, int]) -> FaceCode:
         """Mean face, neutral, mean light; the eyes a quarter of the (square) picture apart, as in FFHQ.
 
         A picture that is not square holds the face in its middle square.
         """
-        h, w = (size, size) if isinstance(size, int) else size
-        ref = self.template
-        zeros = {k: ref.new_zeros(batch, n) for k, n in vars(self.sizes).items()}
-        eyes = self.joints[1, 0] - self.joints[2, 0]
-        centre = self.centre(self.template[None])[0]
-        cam = torch.stack([0.5 / eyes, -centre[0], -centre[1]]).expand(batch, 3)
-        side = min(h, w)
-        k = 224 / side
-        crop = ref.new_tensor([[k, 0, -k * (w - side) / 2], [0, k, -k * (h - side) / 2], [0, 0, 1]])
-        return FaceCode(
-            **zeros,
-            cam=cam,
-            light=self.light_mean.expand(batch, 9, 3),
-            crop=crop.expand(batch, 3, 3),
-            size=(h, w),
-            head=self.name,
-        )
+        return centred_code(self, self.template[None, self.landmark_index[17:]], batch, size)
 
     def albedo(self, tex: Tensor) -> Tensor:
         """tex [B,12] (see `TEX`), unit variance -> [B,3,256,256] in display space.
@@ -184,11 +166,11 @@ class OpenHead(nn.Module):
 
     def _skin(self, t: dict[str, Tensor], m: dict[str, Tensor]) -> Tensor:
         """Upper rows of the texture: skin, lips, brows, beard, lashes, scalp."""
-        mottle = 0.25 * (m["mottle"] - 0.5)
+        mottle = 0.16 * (m["mottle"] - 0.5)
         melanin = F.softplus(1.1 * t["melanin"]) * (1 + mottle - 0.12 * m["lips"])
         melanin = melanin + (0.10 * F.softplus(1 + t["eye_shadow"])) * m["sockets"]
         melanin = melanin + 0.9 * m["cavity"]
-        blood = (0.22 * F.softplus(0.6 + 0.6 * t["haemoglobin"])) * (1 + 2 * mottle)
+        blood = (0.22 * F.softplus(0.6 + 0.6 * t["haemoglobin"])) * (1 + 3 * mottle)
         blood = blood + (0.14 * F.softplus(0.5 + t["cheeks"])) * m["flush"]
         blood = blood + (0.34 * F.softplus(1.2 + t["lips"])) * m["lips"]
         blood = blood + 0.6 * m["cavity"]
