@@ -286,8 +286,10 @@ def soft_mask(mask: Tensor | None, crop: Crop, soft: float = 0.06) -> Tensor:
         mask = torch.ones(1, 1, s, s, device=crop.matrix.device)
     if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2:] != (s, s):
         raise ValueError(f"the mask must be [B,1,{s},{s}], as the crop, got {list(mask.shape)}")
-    # eroded by a pixel, so that interpolation does not leave it
-    mask = -F.max_pool2d(-mask.float().clamp(0, 1), 3, 1, 1)
+    # eroded by what interpolation reaches, so that the edit does not leave the mask
+    scale = float(torch.linalg.det(crop.matrix[:, :2, :2].cpu()).abs().max() ** 0.5)
+    reach = min(1 if scale < 1.5 else 1 + math.ceil(1.5 * scale), (s - 1) // 2)
+    mask = -F.max_pool2d(-mask.float().clamp(0, 1), 2 * reach + 1, 1, reach)
     at = torch.arange(s, device=mask.device, dtype=mask.dtype)
     edge = (torch.minimum(at, s - 1 - at) / max(soft * s, 1)).clamp(0, 1)
     mask = torch.minimum(mask, torch.minimum(edge[:, None], edge))
@@ -338,7 +340,7 @@ def paste_back(
     mask     [B,1,s,s] where the edit may go (1), None for the whole crop; soft is its edge in crop sides
     original [B,3,s,s] the crop before the edit, crop.apply(photo) when None. Give what the model makes of the
              unedited face to leave its reconstruction error out
-    mode     "ratio": the photo's linear light is multiplied by edited / original, for light, sharp at any size;
+    mode     "ratio": the photo's linear light is multiplied by edited / original (light), sharp at any size;
              "difference": their difference is added; "replace": the edited crop itself (poses)
     Pixels outside the mask, and wherever edited equals original, come back bit for bit.
     Convention: ratios are taken in linear light, in stops, so that halving and doubling interpolate alike.

@@ -46,12 +46,19 @@ def _directions(direction: Tensor) -> Tensor:
     return direction / length
 
 
-def _per_item(value, like: Tensor) -> Tensor:
-    """A number, [B], [3] or [B,3] -> broadcastable to [B,3]. A vector of 3 is a colour when B is not 3."""
-    v = torch.as_tensor(value, dtype=like.dtype, device=like.device)
-    if v.ndim == 1:
-        v = v[:, None] if len(v) == len(like) and len(like) != 3 else v[None]
-    return v.expand(len(like), 3) if v.ndim < 2 else v.expand(len(like), 3)
+def _like(constant: Tensor, like: Tensor) -> Tensor:
+    """A double constant in like's dtype and on its device (dtype first: a device may lack float64)."""
+    return constant.to(like.dtype).to(like.device)
+
+
+def _per_item(value, like: Tensor, name: str) -> Tensor:
+    """A number, [B] or [B,3] (or three numbers: a colour) -> [B,3], finite and not negative."""
+    v = torch.as_tensor(value).to(like)
+    if not (torch.isfinite(v).all() and (v >= 0).all()):
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+    if v.ndim == 1 and (name != "colour" or len(v) != 3):
+        v = v[:, None]
+    return v.expand(len(like), 3)
 
 
 def basis(normal: Tensor) -> Tensor:
@@ -127,11 +134,9 @@ def from_direction(
     cos = torch.cos(soft.expand(len(d)) * (math.pi / 2))[:, None]
     band1, band2 = (1 + cos) / 2, cos * (1 + cos) / 2  # a spherical cap's zonal coefficients
     lamp = _lamp(d) * torch.cat([torch.ones_like(cos), band1.expand(-1, 3), band2.expand(-1, 5)], 1)
-    intensity = torch.as_tensor(intensity, dtype=d.dtype, device=d.device).reshape(-1, 1)
-    light = lamp[..., None] * (intensity * _per_item(colour, d))[:, None]
-    fill = torch.as_tensor(ambient, dtype=d.dtype, device=d.device)
-    fill = fill if fill.ndim == 2 else fill.reshape(-1, 1)
-    return _check_light(torch.cat([light[:, :1] + (fill / _Y0).expand(len(d), 3)[:, None], light[:, 1:]], 1))
+    light = lamp[..., None] * (_per_item(intensity, d, "intensity") * _per_item(colour, d, "colour"))[:, None]
+    fill = _per_item(ambient, d, "ambient") / _Y0
+    return torch.cat([light[:, :1] + fill[:, None], light[:, 1:]], 1)
 
 
 def from_environment(equirect: Tensor) -> Tensor:
@@ -189,7 +194,7 @@ def _sphere(n: int = 1024) -> tuple[Tensor, Tensor]:
 
 def _reproject(light: Tensor, f) -> Tensor:
     """Evaluate over the sphere, map each value by f, project back."""
-    b, inverse = (m.to(light) for m in _sphere())
+    b, inverse = (_like(m, light) for m in _sphere())
     return inverse @ f((b @ _check_light(light)).clamp_min(0))
 
 
@@ -203,8 +208,19 @@ def encode_light(light: Tensor) -> Tensor:
 
 
 def decode_light(light: Tensor) -> Tensor:
-    """Display-space light -> linear light, [B,9,3]: max(E,0)^2.2 projected over the sphere."""
-    return _reproject(light, lambda e: e.pow(2.2))
+    """Display-space light -> linear light, [B,9,3]: the inverse of encode_light.
+
+    max(E,0)^2.2 projected over the sphere is off by what the projections cut away; six corrections by the
+    error of encoding it again leave 1e-5 for lights with some ambient, 1e-2 for those that touch black.
+    """
+
+    def project(e: Tensor) -> Tensor:
+        return _reproject(e, lambda v: v.pow(2.2))
+
+    first = linear = project(light)
+    for _ in range(6):
+        linear = linear + first - project(encode_light(linear))
+    return linear
 
 
 def luminance(light: Tensor) -> Tensor:
@@ -236,13 +252,11 @@ def from_angles(azimuth: Tensor, elevation: Tensor) -> Tensor:
 def mix(lights: list[Tensor], weights: list[float] | Tensor) -> Tensor:
     """Weighted sum of lights [B,9,3]; the weights are used as they are.
 
-    Convention: with weights that add to 1 this blends display-space lights. To switch two lamps on at once, mix
-    what decode_light makes of them and encode the sum.
+    Convention: weights that add to 1 blend display-space lights. To switch two lamps on at once, mix what
+    decode_light makes of them and encode the sum.
     """
     if len(lights) == 0 or len(lights) != len(weights):
-        raise ValueError(
-            f"mix wants a weight for each light, got {len(lights)} lights, {len(weights)} weights"
-        )
+        raise ValueError(f"mix: {len(lights)} lights want as many weights, got {len(weights)}")
     return sum(w * _check_light(light) for w, light in zip(weights, lights))
 
 
@@ -279,7 +293,7 @@ def _nonnegative(moment: Tensor, target: Tensor, atoms: Tensor, w: Tensor, itera
 
     moment [P,9,9], target [P,9], atoms [K,9], w [P,K] to start from -> w [P,K].
     """
-    root = torch.linalg.cholesky((atoms.T @ atoms).cpu()).to(atoms)
+    root = torch.linalg.cholesky((atoms.T @ atoms).cpu()).to(atoms.device)
     step = 1 / torch.linalg.matrix_norm(root.T @ moment @ root).clamp_min(1e-12)[:, None]
     v, t = w, torch.ones_like(step)
     for _ in range(iterations):
@@ -312,7 +326,7 @@ def fit(normal: Tensor, albedo: Tensor, image: Tensor, mask: Tensor, rounds: int
     if not (m.sum((1, 2)) > 0).all():
         raise ValueError("fit: the mask of a picture is empty, there is no pixel to read the light from")
     phi = basis(F.normalize(n.transpose(1, 2), dim=2))[:, None]  # [B,1,N,9]
-    atoms = _dictionary().to(phi)
+    atoms = _like(_dictionary(), phi)
     weight, k = m, y.new_zeros(b * 3, len(atoms))
     for i in range(rounds + 1):
         x = rho[..., None] * phi
@@ -370,17 +384,21 @@ def _bounded(base: Tensor, wanted: Tensor, std: Tensor, z_max: float, floor: flo
     wanted = torch.cat(
         [wanted[:, :1], band1 * wanted[:, 1:4], torch.minimum(band1, band2) * wanted[:, 4:]], 1
     )
-    sphere = fibonacci(512).to(wanted)
+    sphere = _like(fibonacci(512), wanted)
     visible = basis(sphere[sphere[:, 2] >= 0])
     room, change = visible @ base - floor, visible @ wanted
     share = torch.where(change < 0, room.clamp_min(0) / (-change).clamp_min(1e-9), torch.ones_like(change))
     return base + share.amin((1, 2), keepdim=True).clamp(0, 1) * wanted
 
 
-def _base(light: Tensor, level: Tensor, mean: Tensor, std: Tensor, z_max: float) -> Tensor:
-    """The prior's flat light at the constant term `level` [B,1,3] times the source's, within z_max."""
-    constant = (light[:, :1] * level).clamp(mean[:1] - z_max * std[:1], mean[:1] + z_max * std[:1])
-    return torch.cat([constant, mean[None, 1:] * (constant / mean[:1])], 1)
+def _base(constant: Tensor, mean: Tensor, std: Tensor, z_max: float) -> Tensor:
+    """The prior's mean with a constant term [B,1,3] within z_max of its own; hue goes before level."""
+    constant = constant.clamp_min(1e-3)
+    low, high = (mean[:1] - z_max * std[:1]).clamp_min(1e-3), mean[:1] + z_max * std[:1]
+    least, most = (low / constant).amax(2, keepdim=True), (high / constant).amin(2, keepdim=True)
+    level = torch.where(least > most, (least * most).sqrt(), torch.minimum(most, least.clamp_min(1)))
+    constant = torch.minimum(torch.maximum(constant * level, low), high)
+    return torch.cat([constant, mean[1:].expand(len(constant), 8, 3)], 1)
 
 
 def _prior(light: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
@@ -419,7 +437,7 @@ def aim(
     lamp = torch.cat([torch.zeros_like(lamp[:, :1]), lamp[:, 1:]], 1)
     full = _bounded(torch.zeros_like(lamp), 1e3 * lamp, std, z_max, floor=-1e9)
     strength = torch.as_tensor(strength, dtype=light.dtype, device=light.device).clamp(0, 1).reshape(-1, 1, 1)
-    base = _base(light, torch.ones_like(light[:, :1]), mean, std, z_max)
+    base = _base(light[:, :1], mean, std, z_max)
     return _bounded(base, strength * full, std, z_max, floor)
 
 
@@ -441,7 +459,7 @@ def edit(
     light     [B,9,3] of the photo, sets level and colour (not with raw)
     azimuth, elevation  degrees, numbers or [B], see from_angles
     intensity, ambient, colour, softness  physical, linear, see from_direction
-    mean, std [9,3] the light prior of the head; without them, or with raw, the physical light itself comes back
+    mean, std [9,3] the light prior of the head; without, or with raw, the physical light comes back
     Convention: the physical light is encoded to display space. Its contrast (bands 1 and 2 over the
     constant) is brought into the prior as in `aim`, and its level, against intensity 1 and ambient 0.25,
     scales the photo's.
@@ -456,7 +474,7 @@ def edit(
         return target
     mean, std = _prior(light, mean, std)
     reference = encode_light(from_direction(d, 1.0, softness=softness, ambient=0.25))[:, :1]
-    base = _base(light, target[:, :1] / reference, mean, std, z_max)
+    base = _base(light[:, :1] * target[:, :1] / reference, mean, std, z_max)
     grey = luminance(target)[:, :1, None]
     contrast = target / grey * luminance(base)[:, :1, None]
     return _bounded(base, torch.cat([torch.zeros_like(base[:, :1]), contrast[:, 1:]], 1), std, z_max, 0.03)
