@@ -65,7 +65,8 @@ def load_rig(
     meta |= {k.removeprefix("meta."): tensors.pop(k) for k in list(tensors) if k.startswith("meta.")}
     try:
         known = meta.get("config", {})
-        known = {k: known[k] for k in ("image_size", "num_heads", "dropout") if k in known}
+        hidden = ("image_size", "num_heads", "dropout", "norm_groups")  # not to be seen in the weights
+        known = {k: known[k] for k in hidden if k in known}
         config = RigConfig.from_state_dict(tensors, **known)
         with torch.device("meta"):
             model = DiffusionRig(config)

@@ -15,7 +15,7 @@ def plain_forward(model, x, t, physical, code):
     """eps [B,3,H,W] of a DiffusionRig's weights: x [B,3,H,W], t [B], physical [B,9,H,W], code [B,latent]."""
     state = dict(model.named_parameters())
     w = {k.removeprefix("denoisingUNet."): v for k, v in state.items() if k.startswith("denoisingUNet.")}
-    heads = model.config.num_heads
+    config = model.config
 
     half = w["time_embed.0.weight"].shape[1] // 2
     freq = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=x.device) / half)
@@ -25,16 +25,16 @@ def plain_forward(model, x, t, physical, code):
 
     h = torch.cat([x, physical], dim=1)
     hs = []
-    downs = [m for m in range(1, count(w, "input_blocks")) if is_down(model.config, m)]
+    downs = [m for m in range(1, count(w, "input_blocks")) if is_down(config, m)]
     for i in range(count(w, "input_blocks")):
         h = conv(w, "input_blocks.0.0", h) if i == 0 else h
-        h = run(w, f"input_blocks.{i}", h, emb, code, heads, "down" if i in downs else None) if i else h
+        h = run(w, f"input_blocks.{i}", h, emb, code, config, "down" if i in downs else None) if i else h
         hs.append(h)
-    h = run(w, "middle_block", h, emb, code, heads, None)
+    h = run(w, "middle_block", h, emb, code, config, None)
     for i in range(count(w, "output_blocks")):
         h = torch.cat([h, hs.pop()], dim=1)
-        h = run(w, f"output_blocks.{i}", h, emb, code, heads, "up")
-    return conv(w, "out.2", F.silu(norm(w, "out.0", h)))
+        h = run(w, f"output_blocks.{i}", h, emb, code, config, "up")
+    return conv(w, "out.2", F.silu(norm(w, "out.0", h, config)))
 
 
 def count(w, name):
@@ -46,28 +46,28 @@ def is_down(config, i):
     return i % (config.num_res_blocks + 1) == 0
 
 
-def run(w, name, h, emb, code, heads, resample):
+def run(w, name, h, emb, code, config, resample):
     """The layers of one block in turn. On the way up a residual block that is not the first one doubles."""
     layers = sorted({int(k[len(name) + 1 :].split(".")[0]) for k in w if k.startswith(name + ".")})
     for j in layers:
         key = f"{name}.{j}"
         if f"{key}.qkv.weight" in w:
-            h = attention(w, key, h, heads)
+            h = attention(w, key, h, config)
         elif resample == "up":
-            h = resblock(w, key, h, emb, code, "up" if j > 0 else None)
+            h = resblock(w, key, h, emb, code, config, "up" if j > 0 else None)
         else:
-            h = resblock(w, key, h, emb, code, resample)
+            h = resblock(w, key, h, emb, code, config, resample)
     return h
 
 
-def resblock(w, name, x, emb, code, resample):
-    h = F.silu(norm(w, f"{name}.in_layers.0", x))
+def resblock(w, name, x, emb, code, config, resample):
+    h = F.silu(norm(w, f"{name}.in_layers.0", x, config))
     if resample == "up":
         h, x = (F.interpolate(v, scale_factor=2, mode="nearest") for v in (h, x))
     elif resample == "down":
         h, x = (F.avg_pool2d(v, 2) for v in (h, x))
     h = conv(w, f"{name}.in_layers.2", h)
-    h = norm(w, f"{name}.out_layers.0", h)
+    h = norm(w, f"{name}.out_layers.0", h, config)
     for layer, c in (("emb_layers", emb), ("cond_emb_layers", code)):
         scale, shift = linear(w, f"{name}.{layer}.1", F.silu(c))[:, :, None, None].chunk(2, dim=1)
         h = h * (1 + scale) + shift
@@ -77,11 +77,12 @@ def resblock(w, name, x, emb, code, resample):
     return x + h
 
 
-def attention(w, name, x, heads):
+def attention(w, name, x, config):
     b, c, height, width = x.shape
     x = x.reshape(b, c, height * width)
-    n = norm(w, f"{name}.norm", x)
+    n = norm(w, f"{name}.norm", x, config)
     qkv = F.conv1d(n, w[f"{name}.qkv.weight"], w[f"{name}.qkv.bias"])
+    heads = config.num_heads
     d = c // heads
     q, k, v = qkv.reshape(b * heads, 3 * d, height * width).split(d, dim=1)
     weight = torch.einsum("bct,bcs->bts", q * d**-0.25, k * d**-0.25)
@@ -91,10 +92,10 @@ def attention(w, name, x, heads):
     return (x + h).reshape(b, c, height, width)
 
 
-def norm(w, name, h):
-    """GroupNorm in 32 groups, in float32 for every input type."""
+def norm(w, name, h, config):
+    """GroupNorm, in float32 for every input type."""
     weight, bias = w[f"{name}.weight"].float(), w[f"{name}.bias"].float()
-    return F.group_norm(h.float(), 32, weight, bias).to(h.dtype)
+    return F.group_norm(h.float(), config.norm_groups, weight, bias).to(h.dtype)
 
 
 def conv(w, name, h):

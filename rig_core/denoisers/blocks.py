@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GROUPS = 32
+GROUPS = 32  # of every published model
 
 
 def timestep_embedding(t: Tensor, width: int, max_period: float = 10000.0) -> Tensor:
@@ -32,22 +32,33 @@ def timestep_embedding(t: Tensor, width: int, max_period: float = 10000.0) -> Te
     return F.pad(torch.cat([angle.cos(), angle.sin()], 1), (0, width % 2))
 
 
+def group_norm(h: Tensor, norm: nn.GroupNorm, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """GroupNorm of h [B,C,H,W] with the given weight and bias [C] (None: 1 and 0), in h's type.
+
+    PyTorch's kernels keep the statistics in float32. In training all of it is float32, as published; on a
+    CPU the half-precision backward pass would also take six times as long.
+    """
+    kind = torch.float32 if torch.is_grad_enabled() else h.dtype
+    if weight is not None:
+        weight, bias = weight.to(kind), bias.to(kind)
+    return F.group_norm(h.to(kind), norm.num_groups, weight, bias, norm.eps).to(h.dtype)
+
+
 def norm_silu(
     h: Tensor, norm: nn.GroupNorm, scale: Tensor | None = None, shift: Tensor | None = None
 ) -> Tensor:
     """SiLU(GroupNorm(h) * scale + shift); with no scale, the norm's own weight and bias.
 
-    h [B,C,H,W]; scale, shift [B,C] or [1,C] and replace the norm's weight and bias (see `fold`).
-    Statistics are float32 inside PyTorch's kernel for every input type.
+    h [B,C,H,W]; scale and shift [B,C] or [1,C] replace the norm's weight and bias (see `fold`).
     """
     if scale is None:
-        h = F.group_norm(h, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        h = group_norm(h, norm, norm.weight, norm.bias)
     elif len(scale) == 1:  # one kernel: the modulation is the norm's weight
-        scale, shift = scale.to(h.dtype), shift.to(h.dtype)
-        h = F.group_norm(h, norm.num_groups, scale[0], shift[0], norm.eps)
+        h = group_norm(h, norm, scale[0], shift[0])
     else:
-        h = F.group_norm(h, norm.num_groups, None, None, norm.eps)
-        h = torch.addcmul(shift.to(h.dtype)[..., None, None], h, scale.to(h.dtype)[..., None, None])
+        h = group_norm(h, norm, None, None)
+        scale, shift = scale.to(h.dtype)[..., None, None], shift.to(h.dtype)[..., None, None]
+        h = torch.addcmul(shift, h, scale, out=None if torch.is_grad_enabled() else h)
     return F.silu(h, inplace=not torch.is_grad_enabled())
 
 
@@ -87,6 +98,7 @@ class ResBlock(nn.Module):
     detail_dim  width of a global code that scales and shifts after the timestep (DiffusionRig)
     gate_dims   (input, hidden) of a SiLU MLP that multiplies after the timestep (DiFaReli)
     resample    None, "up" or "down"
+    groups      of the normalisations
     """
 
     def __init__(
@@ -98,11 +110,12 @@ class ResBlock(nn.Module):
         detail_dim: int | None = None,
         gate_dims: tuple[int, int] | None = None,
         resample: str | None = None,
+        groups: int = GROUPS,
     ):
         super().__init__()
         self.out_channels = out_channels
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(GROUPS, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            nn.GroupNorm(groups, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
         if emb_dim is not None:
             self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, 2 * out_channels))
@@ -113,7 +126,7 @@ class ResBlock(nn.Module):
             widths = [(n, hidden), (hidden, hidden), (hidden, out_channels)]
             self.cond_proj_layers = nn.Sequential(*(m for w in widths for m in (nn.Linear(*w), nn.SiLU())))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(GROUPS, out_channels),
+            nn.GroupNorm(groups, out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
             _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
@@ -137,16 +150,15 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over pixels, [B,C,H,W] -> the same. Weights are Conv1d-shaped as published."""
 
-    def __init__(self, channels: int, heads: int = 1):
+    def __init__(self, channels: int, heads: int = 1, groups: int = GROUPS):
         super().__init__()
         self.heads = heads
-        self.norm = nn.GroupNorm(GROUPS, channels)
+        self.norm = nn.GroupNorm(groups, channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = _zero(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        n = self.norm
-        tokens = F.group_norm(x, n.num_groups, n.weight, n.bias, n.eps).flatten(2).transpose(1, 2)
+        tokens = group_norm(x, self.norm, self.norm.weight, self.norm.bias).flatten(2).transpose(1, 2)
         qkv = F.linear(tokens, self.qkv.weight[..., 0], self.qkv.bias)
         # the published order keeps q, k and v of one head together
         q, k, v = qkv.unflatten(2, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)

@@ -24,7 +24,7 @@ class RigConfig:
     """Architecture of a DiffusionRig denoiser. The defaults are the published 256 px model.
 
     image_size             px; the network runs on any multiple of 2^(levels-1)
-    width                  channels at multiplier 1; width * multiplier is a multiple of 32
+    width                  channels at multiplier 1; width * multiplier is a multiple of norm_groups
     channel_mult           one multiplier a level, finest first
     num_res_blocks         per level on the way down (one more on the way up)
     attention_resolutions  feature sizes in px, at `image_size`, that get attention (the middle always does)
@@ -32,6 +32,8 @@ class RigConfig:
     latent_dim             size of the global code
     encoder_width          channels of the ResNet-18's first stage (64 in the published models)
     dropout                in every residual block, training only
+    norm_groups            of the normalisations (32 in the published models). A group of one channel loses
+                           its mean, with it brightness and tint: give narrow networks fewer, 8 at width 32
     """
 
     image_size: int = 256
@@ -43,15 +45,19 @@ class RigConfig:
     latent_dim: int = 64
     encoder_width: int = 64
     dropout: float = 0.1
+    norm_groups: int = GROUPS
 
     def __post_init__(self):
         object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
         object.__setattr__(self, "attention_resolutions", tuple(self.attention_resolutions))
+        for name in "image_size width num_res_blocks num_heads latent_dim encoder_width norm_groups".split():
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a whole number above 0, got {getattr(self, name)!r}"[:100])
         for mult, channels in zip(self.channel_mult, self.channels, strict=True):
-            if channels < GROUPS or channels % GROUPS:
+            if not channels or channels % self.norm_groups:
                 raise ValueError(
                     f"width {self.width} x multiplier {mult} gives {channels} channels: "
-                    f"choose a multiple of {GROUPS}"
+                    f"choose a multiple of norm_groups, {self.norm_groups}"
                 )
             if channels % self.num_heads:
                 raise ValueError(f"{channels} channels cannot be shared by {self.num_heads} heads")
@@ -84,12 +90,13 @@ class RigConfig:
         image_size: int | None = None,
         num_heads: int = 1,
         dropout: float = 0.1,
+        norm_groups: int = GROUPS,
     ) -> RigConfig:
         """Read the architecture off keys and shapes. Raises ValueError when it is another network's.
 
-        Three things leave no trace in the weights: dropout, the number of heads (1 as published) and the
-        picture size. When it is None, the finest attention is taken to be at 16 px as published;
-        without any, the coarsest level is taken to be 8 px.
+        What leaves no trace in the weights can be given: dropout, heads and norm groups (as published
+        by default), and the picture size. When that is None, the finest attention is taken to be at
+        16 px as published; without any, the coarsest level is taken to be 8 px.
         """
         u = "denoisingUNet."
         places = [m for k in state if (m := re.match(rf"{u}output_blocks\.(\d+)\.(\d)\.(\w+)", k))]
@@ -97,8 +104,8 @@ class RigConfig:
         # each level's last block on the way up holds a second residual block, which doubles the size
         ups = [int(m[1]) for m in places if m[2] != "0" and m[3] == "in_layers"]
         n = min(ups, default=count - 1)
-        starts = range(1, count + 1, n + 1)
         try:
+            starts = range(1, count + 1, n + 1)
             width = state[f"{u}time_embed.0.weight"].shape[1]
             latent_dim, top = state["encoder.fc.weight"].shape
             widths = [
@@ -121,6 +128,7 @@ class RigConfig:
             latent_dim=latent_dim,
             encoder_width=top // 8,
             dropout=dropout,
+            norm_groups=norm_groups,
         )
 
 
@@ -222,15 +230,15 @@ class UNet(nn.Module):
 
     def __init__(self, config: RigConfig):
         super().__init__()
-        c, emb = config, 4 * config.width
+        c, g, emb = config, config.norm_groups, 4 * config.width
         self.time_embed = nn.Sequential(nn.Linear(c.width, emb), nn.SiLU(), nn.Linear(emb, emb))
 
         def res(channels: int, out: int, resample: str | None = None) -> ResBlock:
-            return ResBlock(channels, out, emb, c.dropout, detail_dim=c.latent_dim, resample=resample)
+            return ResBlock(channels, out, emb, c.dropout, c.latent_dim, None, resample, g)
 
         def stage(level: int, channels: int) -> list[nn.Module]:
             out = c.channels[level]
-            attention = [AttentionBlock(out, c.num_heads)] if c.attends(level) else []
+            attention = [AttentionBlock(out, c.num_heads, g)] if c.attends(level) else []
             return [res(channels, out), *attention]
 
         ch = c.channels[0]
@@ -244,7 +252,7 @@ class UNet(nn.Module):
             if level < len(c.channels) - 1:
                 self.input_blocks.append(nn.Sequential(res(ch, ch, "down")))
                 skips.append(ch)
-        self.middle_block = nn.Sequential(res(ch, ch), AttentionBlock(ch, c.num_heads), res(ch, ch))
+        self.middle_block = nn.Sequential(res(ch, ch), AttentionBlock(ch, c.num_heads, g), res(ch, ch))
         self.output_blocks = nn.ModuleList()
         for level, out in reversed(list(enumerate(c.channels))):
             for i in range(c.num_res_blocks + 1):
@@ -253,7 +261,7 @@ class UNet(nn.Module):
                 if level and i == c.num_res_blocks:
                     layers.append(res(ch, ch, "up"))
                 self.output_blocks.append(nn.Sequential(*layers))
-        self.out = nn.Sequential(nn.GroupNorm(GROUPS, ch), nn.SiLU(), nn.Conv2d(ch, 3, 3, padding=1))
+        self.out = nn.Sequential(nn.GroupNorm(g, ch), nn.SiLU(), nn.Conv2d(ch, 3, 3, padding=1))
         nn.init.zeros_(self.out[2].weight)
         nn.init.zeros_(self.out[2].bias)
         self._res = tuple(m for m in self.modules() if isinstance(m, ResBlock))
