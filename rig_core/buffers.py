@@ -155,7 +155,7 @@ def _from_light(verts, faces, fragments, light_dir, depth, resolution):
     low, high = view.amin(1, keepdim=True), view.amax(1, keepdim=True)
     view = (view - (low + high) / 2) / ((high - low).amax(-1, keepdim=True) / 1.96).clamp_min(1e-12)
     z = raster.rasterize(view + view.new_tensor([0.0, 0.0, 2.0]), faces, (resolution, resolution)).zbuf
-    shadow_map = torch.where(z < 0, 4.0, z - 2)[:, None]
+    shadow_map = torch.where(z < 0, 100.0, z - 2)[:, None]
 
     corners = raster.face_corners(view, faces)
     flat = torch.linalg.cross(corners[:, :, 1] - corners[:, :, 0], corners[:, :, 2] - corners[:, :, 0])
