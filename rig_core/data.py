@@ -252,11 +252,13 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Portraits:
-    """A batch: image [B,3,s,s] uint8, code (B faces), index [B] into the loader's joined datasets."""
+    """A batch: image [B,3,s,s] uint8, code (B faces), index [B] into the loader's joined datasets,
+    reference [B,3,s,s] uint8, another picture of the same person where there is one, else image."""
 
     image: Tensor
     code: FaceCode
     index: Tensor
+    reference: Tensor
 
 
 class Loader:
@@ -286,7 +288,8 @@ class Loader:
         self.datasets, self.size, self.batch, self.rank, self.world = datasets, size, batch, rank, world
         weights = [s * d.weights() / d.weights().sum() for s, d in zip(shares, datasets)]
         self.starts = np.cumsum([0] + [len(w) for w in weights])
-        self.sampler = Sampler(np.concatenate(weights), seed)
+        self.sampler, self.seed = Sampler(np.concatenate(weights), seed), seed
+        self._people = [_by_person(d) for d in datasets]
         self._pool = ThreadPoolExecutor(workers)
         self._ahead: dict[int, Future] = {}
         self._depth = 2 * workers
@@ -298,17 +301,21 @@ class Loader:
             if s not in self._ahead:
                 position = (s * self.world + self.rank) * self.batch
                 picks = np.sort(self.sampler.take(position, self.batch))
-                self._ahead[s] = self._pool.submit(self._load, picks)
+                self._ahead[s] = self._pool.submit(self._load, picks, position)
         return self._ahead.pop(step).result()
 
-    def _load(self, picks: np.ndarray) -> Portraits:
-        images, codes = [], []
-        for start, end, dataset in zip(self.starts, self.starts[1:], self.datasets):
+    def _load(self, picks: np.ndarray, position: int) -> Portraits:
+        images, codes, references = [], [], []
+        rng = np.random.default_rng([self.seed, position])
+        for start, end, dataset, people in zip(self.starts, self.starts[1:], self.datasets, self._people):
             own = [int(i - start) for i in picks if start <= i < end]
             if own:
                 images.append(dataset.images(own, self.size))
                 codes.append(dataset.codes(own).resized((self.size, self.size)))
-        return Portraits(torch.cat(images), cat(codes), torch.from_numpy(picks))
+                others = [_other(i, people[dataset.entries[i].person], rng) for i in own]
+                references.append(dataset.images(others, self.size) if others != own else images[-1])
+        index = torch.from_numpy(picks)
+        return Portraits(torch.cat(images), cat(codes), index, torch.cat(references))
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -318,3 +325,18 @@ class Loader:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _by_person(dataset: Dataset) -> dict[str, list[int]]:
+    """The entries of each person; those of nobody are under ""."""
+    people: dict[str, list[int]] = {"": []}
+    for i, entry in enumerate(dataset.entries):
+        if entry.person:
+            people.setdefault(entry.person, []).append(i)
+    return people
+
+
+def _other(index: int, siblings: list[int], rng: np.random.Generator) -> int:
+    """Another entry of the same person at random, or the entry itself where there is none."""
+    others = [i for i in siblings if i != index]
+    return int(rng.choice(others)) if others else index

@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import align, buffers, diffusion, samplers, sh, warp
+from . import align, buffers, diffusion, samplers, warp
 from .estimators import landmark_fit, landmarks
-from .face import FaceCode, axis_angle_to_matrix, matrix_to_axis_angle
+from .face import FaceCode, axis_angle_to_matrix, cat, matrix_to_axis_angle
 
 STEPS, SOLVER = "quad20", "ab2"
 
@@ -90,14 +91,20 @@ def turn(
 
 
 @dataclass(frozen=True)
-class Inversion:
-    """A photo as noise: x_T [1,3,s,s] and the denoiser's condition that it was inverted under."""
+class Edit:
+    """A painted edit, ready to go back into the photo.
 
-    x_T: Tensor
-    appearance: Tensor
+    image  [B,3,s,s] 0..1, the painted portraits
+    before [1,3,s,s] what the denoiser makes of the photo with nothing but its pose edited: image / before is the edit
+    grid   [1,s,s,2] where the moved photo's pixels come from, None when nothing moved
+    """
+
+    image: Tensor
+    before: Tensor
+    grid: Tensor | None
 
 
-def render_edit(
+def paint(
     rig,
     head,
     portrait: Portrait,
@@ -107,28 +114,53 @@ def render_edit(
     keep: bool = True,
     seed: int = 0,
     callback=None,
-) -> Tensor:
-    """Paint the portrait with the target code, [B,3,s,s] in 0..1; B lights of one geometry at once.
+) -> Edit:
+    """Paint the portrait with the target code: B lights of one geometry at once.
 
     keep: start from the photo itself, moved with the head and inverted to noise under its own light, so that
     hair, background and identity stay; without it start from random noise, as the paper does.
+    steps and solver: see diffusion.respace and samplers.sample. callback: see samplers.sample.
     """
     source, schedule = portrait.code, diffusion.respace(diffusion.linear_schedule(), steps)
-    photo = portrait.image * 2 - 1
-    goal = rig.condition(buffers.render(head, target).stack(), photo)
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(photo.shape, generator=generator).to(photo)
+    moved = target[0].replace(light=source.light, tex=source.tex)
+    start, grid, hidden = portrait.image, None, None
+    if not warp.same_geometry(source, moved):
+        grid, hidden = warp.flow(head, source, moved)
+        start = warp.apply(start, grid)
+    codes = cat([moved, target])
+    condition = rig.condition(buffers.render(head, codes).stack(), portrait.image * 2 - 1)
+    noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(seed)).to(start)
     if keep:
-        start, moved = portrait.image, target[0].replace(light=source.light, tex=source.tex)
-        hidden = None
-        if not warp.same_geometry(source, moved):
-            grid, hidden = warp.flow(head, source, moved)
-            start = warp.apply(start, grid)
-        before = rig.condition(buffers.render(head, moved).stack(), photo)
-        x_T = samplers.invert(rig, start * 2 - 1, before, schedule, solver, callback=callback)
+        x_T = samplers.invert(rig, start * 2 - 1, condition[0], schedule, solver, callback=callback)
         noise = x_T if hidden is None else variance_mix(x_T, noise, hidden)
-    x = samplers.sample(rig, noise.expand(len(target), -1, -1, -1), goal, schedule, solver, callback=callback)
-    return (x + 1) / 2
+    noise = noise.expand(len(codes), -1, -1, -1)
+    painted = samplers.sample(rig, noise, condition, schedule, solver, callback=callback) / 2 + 0.5
+    painted = painted.clamp(0, 1)
+    return Edit(painted[1:], painted[:1], grid)
+
+
+def paste(photo: Tensor, portrait: Portrait, edit: Edit) -> Tensor:
+    """Carry an edit to the photo at its own resolution: [1,3,H,W] -> [B,3,H,W].
+
+    The photo (moved along the flow where the pose changed) times edit.image / edit.before in linear light:
+    pores and lashes come from the photo, whatever the denoiser's resolution.
+    """
+    n, size = len(edit.image), portrait.crop.size
+    photos = align.check_image(photo).expand(n, -1, -1, -1)
+    before = edit.before.expand(n, -1, -1, -1)
+    if edit.grid is None:
+        return align.paste_back(photos, edit.image, portrait.crop, original=before)
+    photo_px = float(torch.linalg.det(portrait.crop.matrix[0, :2, :2])) ** -0.5 * size
+    fine = portrait.crop.resized(max(size, min(1024, round(photo_px))))
+    grid = F.interpolate(edit.grid.permute(0, 3, 1, 2), (fine.size, fine.size), mode="bilinear").permute(
+        0, 2, 3, 1
+    )
+    moved = warp.apply(fine.apply(photos[:1]), grid).expand(n, -1, -1, -1)
+    inside = align.Crop(torch.eye(3)[None].to(moved), fine.size).resized(
+        size
+    )  # the fine crop as a photo of its own
+    lit = align.paste_back(moved, edit.image, inside, original=before)
+    return align.paste_back(photos, lit, fine, mode="replace")
 
 
 def variance_mix(a: Tensor, b: Tensor, w: Tensor) -> Tensor:

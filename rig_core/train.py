@@ -35,7 +35,8 @@ class Config:
 
     ema: decay, reached gradually as (1 + n) / (10 + n). p2_gamma 0 is the plain loss. precision: "bf16"
     or "fp16" autocast, or "fp32". trainable: only parameters whose names begin so (stage 2:
-    "denoisingUNet."). minutes 0: no time limit.
+    "denoisingUNet."). minutes 0: no time limit. noise_std: of the noise mixed in and predicted; 0.5 trains the
+    coarse half of a network of twice the size (see training/grow.py).
     """
 
     steps: int = 100_000
@@ -47,6 +48,7 @@ class Config:
     p2_k: float = 1.0
     precision: str = "bf16"
     trainable: str = ""
+    noise_std: float = 1.0
     seed: int = 0
     minutes: float = 0.0
     log_every: int = 50
@@ -114,7 +116,7 @@ def train(
     with _signals() as caught:
         while state.step < config.steps:
             x_0, inputs = _seeded_inputs(config, state.step, rank, batch, prepare, device)
-            t, noise = draw(x_0)
+            t, noise = draw(x_0, config.noise_std)
             values, norm = update(state, config, loss, x_0, t, noise, inputs)
             now = time.monotonic()
             late = config.minutes and now - started > 60 * config.minutes
@@ -152,11 +154,11 @@ def begin(config: Config, model: nn.Module, device: torch.device) -> State:
     return State(model, ema, optimizer, scaler)
 
 
-def draw(x_0: Tensor) -> tuple[Tensor, Tensor]:
+def draw(x_0: Tensor, std: float = 1.0) -> tuple[Tensor, Tensor]:
     """Levels t [B], uniform over the 1000 and stratified over the batch, and noise like x_0."""
     n = len(x_0)
     t = (torch.randperm(n) + torch.rand(n)) * (1000 / n)
-    return t.long().clamp_(max=999).to(x_0.device), torch.randn_like(x_0)
+    return t.long().clamp_(max=999).to(x_0.device), torch.randn_like(x_0) * std
 
 
 def _seeded_inputs(config: Config, step: int, rank: int, batch, prepare, device) -> tuple[Tensor, tuple]:
@@ -208,18 +210,21 @@ def _autocast(precision: str, device: torch.device):
 
 
 def rig_inputs(head, size: int, device: torch.device | str, flip: bool = True) -> Callable:
-    """`prepare` for DiffusionRig: Portraits -> (x_0, (buffers [B,9,H,W], x_0)), rendered on the device.
+    """`prepare` for DiffusionRig: Portraits -> (x_0, (buffers [B,9,H,W], photo)), rendered on the device.
 
-    As published, the encoder sees the target picture itself. flip: mirror half of them.
+    The encoder sees another picture of the same person where the data has one, so that light and pose come
+    from the buffers alone; otherwise, as published, the target itself. flip: mirror half of them.
     """
 
     def prepare(portraits) -> tuple[Tensor, tuple]:
         x_0 = portraits.image.to(device).float().div_(127.5).sub_(1)
+        photo = portraits.reference.to(device).float().div_(127.5).sub_(1)
         physical = buffers.render(head, portraits.code.to(device), size).stack()
         if flip:
-            mirrored = torch.rand(len(x_0)) < 0.5
-            x_0, physical = mirror(x_0, physical, mirrored.to(x_0.device))
-        return x_0, (physical, x_0)
+            mirrored = (torch.rand(len(x_0)) < 0.5).to(x_0.device)
+            x_0, physical = mirror(x_0, physical, mirrored)
+            photo = torch.where(mirrored[:, None, None, None], photo.flip(-1), photo)
+        return x_0, (physical, photo)
 
     return prepare
 

@@ -174,7 +174,7 @@ def main() -> None:
         parser.error(f"{args.photos} holds no photos ({', '.join(sorted(PHOTOS))})")
     split = {p.stem: "train" for p in paths}
     if args.validation:
-        split |= {p.stem: "validation" for p in paths[:: args.validation]}
+        split |= {p.stem: "val" for p in paths[:: args.validation]}
     done, rejected = data.written(args.out), {}
     todo = [p for p in paths if p.stem not in done]
     for batch in batches(todo, stored_landmarks(args.landmarks), args, rejected):

@@ -2,6 +2,8 @@
 
     python -m training.stage1 --data DIR --out RUN --size 64 --minutes 60
     python -m training.stage1 --data DIR --out RUN2 --size 128 --init RUN/state.safetensors
+    python -m training.stage1 --data DIR --out COARSE --preset coarse --size 64 --noise-std 0.5
+    python -m training.stage1 --data DIR --out FINE --size 128 --grow COARSE/state.safetensors
     torchrun --nproc_per_node 8 -m training.stage1 --preset official --data DIR --out RUN --size 256
 
 The same command with --resume continues a run. RUN/model.safetensors is what the loader reads; samples/
@@ -23,11 +25,13 @@ from rig_core.data import Dataset, Loader
 from rig_core.denoisers.rig import DiffusionRig, RigConfig
 from rig_core.diffusion import linear_schedule, respace
 from rig_core.samplers import sample
+from training.grow import grow
 
 # levels: those of the U-Net that get attention, 0 the finest
 # fmt: off
 PRESETS = {
     #            width  channel_mult          blocks  levels   latent  encoder  dropout
+    "coarse":   (32,    (1, 2, 3, 4),         1,      (2,),    64,     32,      0.0),
     "small":    (32,    (1, 1, 2, 3, 4),      1,      (3,),    64,     32,      0.0),
     "medium":   (64,    (1, 1, 2, 3, 4),      1,      (3,),    64,     48,      0.0),
     "official": (128,   (1, 1, 2, 2, 4, 4),   2,      (4,),    64,     64,      0.1),
@@ -90,6 +94,8 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--width", type=int, help="base width instead of the preset's, a multiple of 32")
     p.add_argument("--head", help="head file; the pack's open head by default")
     p.add_argument("--init", help="start from the weights of this run's state or model file")
+    p.add_argument("--grow", help="start from this run of half the size, trained with --noise-std 0.5")
+    p.add_argument("--noise-std", type=float, default=1.0, help="0.5 for a run that will be grown")
     p.add_argument("--batch", type=int, default=16, help="per process")
     p.add_argument("--steps", type=int, default=100_000)
     p.add_argument("--minutes", type=float, default=0.0, help="stop after this long; 0: no limit")
@@ -119,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     rank, world = train.ranks()
     out = Path(a.out)
     config = train.Config(
-        steps=a.steps, lr=a.lr, warmup=a.warmup, ema=a.ema, p2_gamma=a.p2_gamma, seed=a.seed,
+        steps=a.steps, lr=a.lr, warmup=a.warmup, ema=a.ema, p2_gamma=a.p2_gamma, seed=a.seed, noise_std=a.noise_std,
         minutes=a.minutes, precision=a.precision or ("bf16" if device.type == "cuda" else "fp32"),
         log_every=a.log_every, save_minutes=a.save_minutes, sample_every=a.sample_every,
     )  # fmt: skip
@@ -151,6 +157,8 @@ def _model(a: argparse.Namespace) -> DiffusionRig:
     source = own if a.resume and own.exists() else a.init
     if source:
         return starting_from(train.weights(source), a.size, PRESETS[a.preset][-1])
+    if a.grow:
+        return grow(train.weights(a.grow))
     return DiffusionRig(config_of(a.preset, a.size, a.width))
 
 

@@ -1,0 +1,113 @@
+"""The main job on the embedded default: `python run.py demo` relights, turns and animates two photographs.
+
+Writes a contact sheet and every single picture below --out (default: out/demo).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+from tqdm import tqdm
+
+from rig_core import buffers, checkpoints, pipeline, sh
+
+PHOTOS = ("astronaut.jpg", "grace_hopper.jpg")
+LIGHTS = {"from the left": (-65, 15), "from the right": (65, 15), "from above": (0, 60)}  # azimuth, elevation
+TURNS = {
+    "turned left": dict(yaw=-18),
+    "turned right": dict(yaw=18),
+    "smiling": dict(mouthSmile_L=0.7, mouthSmile_R=0.7, cheekSquint_L=0.4, cheekSquint_R=0.4),
+}
+SIDE = 256  # px of a picture on the sheet
+
+
+def read(path: Path) -> Tensor:
+    """[1,3,H,W] 0..1."""
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None].float() / 255
+
+
+def write(image: Tensor, path: Path) -> None:
+    """[3,H,W] 0..1 -> PNG."""
+    Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()).save(path)
+
+
+def bar(what: str, steps: int):
+    """A progress bar as a sampler's callback."""
+    progress = tqdm(total=steps, desc=f"{what:>28}", unit="step", leave=True)
+    return lambda _: progress.update()
+
+
+def edits(rig, head, photo: Tensor, name: str) -> tuple[dict[str, Tensor], pipeline.Portrait]:
+    """All pictures of one photo, [3,H,W] by title."""
+    portrait = pipeline.estimate(head, photo, rig.config.image_size)
+    code, steps = portrait.code, 2 * int(pipeline.STEPS.removeprefix("quad"))
+    lights = torch.cat(
+        [sh.edit(code.light, az, el, mean=head.light_mean, std=head.light_std) for az, el in LIGHTS.values()]
+    )
+    edit = pipeline.paint(
+        rig,
+        head,
+        portrait,
+        code.expand(len(LIGHTS)).replace(light=lights),
+        callback=bar(f"{name}: light", steps),
+    )
+    out = dict(zip(LIGHTS, pipeline.paste(photo, portrait, edit)))
+    for title, change in TURNS.items():
+        target = pipeline.turn(head, code, **change)
+        edit = pipeline.paint(rig, head, portrait, target, callback=bar(f"{name}: {title}", steps))
+        out[title] = pipeline.paste(photo, portrait, edit)[0]
+    return out, portrait
+
+
+def sheet(rows: list[list[tuple[str, Tensor]]]) -> Image.Image:
+    """Titled pictures [3,h,w] in rows."""
+    band = 22
+    page = Image.new("RGB", (SIDE * len(rows[0]), (SIDE + band) * len(rows)), "white")
+    draw = ImageDraw.Draw(page)
+    for y, row in enumerate(rows):
+        for x, (title, image) in enumerate(row):
+            small = F.interpolate(image[None], (SIDE, SIDE), mode="bicubic", antialias=True)[0].clamp(0, 1)
+            tile = Image.fromarray((small * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
+            page.paste(tile, (x * SIDE, y * (SIDE + band) + band))
+            draw.text((x * SIDE + 6, y * (SIDE + band) + 5), title, fill="black")
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("photos", nargs="*", type=Path, help="your own photos instead of the two")
+    parser.add_argument("--out", type=Path, default=Path("out/demo"))
+    parser.add_argument("--rig", type=Path, help="a DiffusionRig checkpoint instead of the embedded one")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    head = checkpoints.load_head()
+    rig, _ = checkpoints.load_rig(args.rig)
+    rows = []
+    for path in args.photos or [checkpoints.ASSETS / p for p in PHOTOS]:
+        photo = read(path)
+        pictures, portrait = edits(rig, head, photo, path.stem)
+        for title, image in pictures.items():
+            write(image, args.out / f"{path.stem} {title}.png")
+        b = buffers.render(head, portrait.code, 256)
+        frame = portrait.crop.resized(2 * SIDE)
+        cut = {t: frame.apply(i[None])[0] for t, i in {"photo": photo[0], **pictures}.items()}
+        fitted = torch.cat([b.shading * b.mask / 1.6, b.normal / 2 * b.mask + 0.5], 3)
+        fitted = F.pad(fitted.clamp(0, 1), (0, 0, 128, 128), value=1.0)
+        rows.append([("photo", cut.pop("photo")), ("fitted light, normals", fitted[0]), *cut.items()])
+    page = sheet(rows)
+    page.save(args.out / "sheet.png")
+    print(f"{args.out / 'sheet.png'}: {len(rows)} photos, {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
