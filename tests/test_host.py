@@ -1,0 +1,264 @@
+"""The pack inside the real ComfyUI, in this process, when COMFYUI_PATH names its folder.
+
+Run it with the Python of that ComfyUI. Nothing is written outside a temporary folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+COMFYUI = os.environ.get("COMFYUI_PATH")
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = [
+    pytest.mark.host,
+    pytest.mark.slow,
+    pytest.mark.skipif(not COMFYUI, reason="set COMFYUI_PATH to a ComfyUI folder to test in the real host"),
+]
+SIZE = 64
+
+
+class Comfy:
+    """ComfyUI's modules, its node table with ours in it, and a way to run a graph."""
+
+    def __init__(self, base: Path):
+        for name in ("custom_nodes", "models/face_rig", "input", "output", "temp", "user"):
+            (base / name).mkdir(parents=True)
+        self.base = base
+        sys.path.insert(0, COMFYUI)
+        from comfy.cli_args import args
+
+        args.cpu = not torch.cuda.is_available()
+        args.base_directory, args.disable_api_nodes = str(base), True
+        import utils.extra_config  # noqa: F401  before nodes, which puts comfy/ on the path
+
+        import execution  # isort: skip
+        import nodes  # isort: skip
+        import server  # isort: skip
+
+        self.execution, self.nodes = execution, nodes
+        self.loop = asyncio.new_event_loop()
+        self.server = server.PromptServer(self.loop)
+        self.sent = []
+        self.server.send_sync = lambda event, data, sid=None: self.sent.append((event, data))
+        asyncio.set_event_loop(self.loop)
+        start = time.process_time()
+        assert self.loop.run_until_complete(nodes.load_custom_node(str(ROOT)))
+        self.seconds = time.process_time() - start
+        extras = Path(COMFYUI) / "comfy_extras"
+        for file in ("nodes_chroma_radiance.py", "nodes_custom_sampler.py"):
+            assert self.loop.run_until_complete(nodes.load_custom_node(str(extras / file)))
+        self.pack = sys.modules[str(ROOT).replace(".", "_x_")]
+        self.core = sys.modules[self.pack.__name__ + ".rig_core"]
+        self.executor = execution.PromptExecutor(self.server)
+
+    def run(self, prompt: dict) -> tuple[bool, list, dict]:
+        """Validate and execute an API graph: success, the executor's messages, ui outputs by node id."""
+        valid, error, outputs, node_errors = self.loop.run_until_complete(
+            self.execution.validate_prompt("test", prompt, None)
+        )
+        assert valid, (error, node_errors)
+        self.loop.run_until_complete(self.executor.execute_async(prompt, "test", {}, outputs))
+        messages = self.executor.status_messages
+        return self.executor.success, messages, self.executor.history_result["outputs"]
+
+    def node(self, name: str, **inputs):
+        """Run one of our nodes by itself."""
+        with torch.inference_mode():
+            return self.nodes.NODE_CLASS_MAPPINGS["FaceRig_" + name].EXECUTE_NORMALIZED(**inputs).result
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    host = Comfy(tmp_path_factory.mktemp("comfy"))
+    for photo in ("astronaut.jpg", "grace_hopper.jpg"):
+        shutil.copy(ROOT / "rig_core" / "assets" / photo, host.base / "input")
+    rig = host.core.denoisers.rig
+    torch.manual_seed(0)
+    net = rig.DiffusionRig(rig.RigConfig(SIZE, 32, (1, 1, 2), 1, (16,), 1, 16, 8))
+    torch.nn.init.normal_(net.denoisingUNet.out[2].weight, std=0.02)
+    host.core.checkpoints.save_rig(host.base / "models" / "face_rig" / "tiny.safetensors", net)
+    return host
+
+
+@pytest.fixture
+def graph() -> dict:
+    return json.loads((ROOT / "tests" / "api" / "relight_default.json").read_text(encoding="utf-8"))
+
+
+def of_type(graph: dict, class_type: str) -> dict:
+    return next(n for n in graph.values() if n["class_type"] == class_type)
+
+
+def test_the_pack_loads_quickly_and_every_node_shows(host):
+    ours = {k: n for k, n in host.nodes.NODE_CLASS_MAPPINGS.items() if k.startswith("FaceRig_")}
+    assert len(ours) == len(sys.modules[host.pack.__name__ + ".nodes"].NODES)
+    assert host.seconds < 1
+    for name, node in ours.items():
+        info = node.GET_NODE_INFO_V1()
+        json.dumps(info)
+        assert info["display_name"] and info["category"].startswith("Face Rig/"), name
+    web = host.nodes.EXTENSION_WEB_DIRS
+    assert Path(next(v for v in web.values() if Path(v).parent == ROOT)).samefile(ROOT / "web")
+
+
+def test_model_folder_is_listed_beside_what_the_user_named(host):
+    import folder_paths
+
+    folders, extensions = folder_paths.folder_names_and_paths["face_rig"]
+    assert str(host.base / "models" / "face_rig") in folders and extensions == {".safetensors", ".pt"}
+    assert "tiny.safetensors" in folder_paths.get_filename_list("face_rig")
+
+
+def test_the_workflow_runs_to_a_saved_image(host, graph):
+    ok, messages, outputs = host.run(graph)
+    assert ok, messages[-1]
+    saved = next(o["images"][0] for k, o in outputs.items() if graph[k]["class_type"] == "SaveImage")
+    from PIL import Image
+
+    photo = Image.open(ROOT / "rig_core" / "assets" / "astronaut.jpg")
+    result = Image.open(host.base / "output" / saved["subfolder"] / saved["filename"])
+    assert result.size == photo.size
+    a, b = (torch.tensor(list(p.convert("RGB").getdata())).float() for p in (photo, result))
+    change = (a - b).abs().mean(1).reshape(photo.size[::-1])
+    assert change.max() > 20  # of 255: the face is lit anew
+    assert (change == 0).float().mean() > 0.3  # the rest of the photo is untouched
+    previews = [k for k, o in outputs.items() if "images" in o]
+    assert len(previews) >= 6
+
+
+def without_inversion(graph: dict, file: str) -> dict:
+    """The workflow from random noise, with a model file."""
+    of_type(graph, "FaceRig_LoadDiffusionRig")["inputs"]["file"] = file
+    del of_type(graph, "FaceRig_ConditionedSample")["inputs"]["noise"]
+    return {k: n for k, n in graph.items() if n["class_type"] != "FaceRig_DDIMInvert"}
+
+
+def test_interrupt_stops_the_workflow_within_a_step(host, graph):
+    import comfy.model_management
+    import comfy.utils
+
+    graph = without_inversion(graph, "tiny.safetensors")
+    of_type(graph, "FaceRig_ConditionedSample")["inputs"]["steps"] = 500
+    steps = []
+
+    def hook(value, total, preview, node_id=None):
+        if total == 500:
+            steps.append((value, preview[0]))
+        if len(steps) == 3:
+            comfy.model_management.interrupt_current_processing()
+
+    comfy.utils.set_progress_bar_global_hook(hook)
+    try:
+        ok, messages, _ = host.run(graph)
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+    assert not ok and messages[-1][0] == "execution_interrupted"
+    assert steps == [(1, "JPEG"), (2, "JPEG"), (3, "JPEG")]
+
+
+def test_errors_reach_the_user_with_the_node_and_the_input(host, graph):
+    from PIL import Image
+
+    graph = without_inversion(graph, "tiny.safetensors")
+    Image.new("RGB", (200, 150), (90, 120, 60)).save(host.base / "input" / "meadow.png")
+    graph["1"]["inputs"]["image"] = "meadow.png"
+    ok, messages, _ = host.run(graph)
+    event, data = messages[-1]
+    assert not ok and event == "execution_error"
+    assert data["node_type"] == "FaceRig_AlignFace" and "no face found" in data["exception_message"]
+    graph["1"]["inputs"]["image"] = "astronaut.jpg"
+    of_type(graph, "FaceRig_LoadDiffusionRig")["inputs"]["file"] = "gone.safetensors"
+    ok, messages, _ = host.run(graph)
+    assert not ok and messages[-1][1]["node_type"] == "FaceRig_LoadDiffusionRig"
+    assert "gone.safetensors" in messages[-1][1]["exception_message"]
+
+
+def test_the_hosts_euler_on_our_model_is_our_ddim(host):
+    import comfy.sample
+    import comfy.samplers
+
+    core = host.core
+    model, size = host.node("LoadDiffusionRig", file="tiny.safetensors")
+    assert size == SIZE
+    generator = torch.Generator().manual_seed(3)
+    physical, photo, noise = (torch.randn(2, c, SIZE, SIZE, generator=generator) for c in (9, 3, 3))
+    rig, ours = model.model.diffusion_model.rig, sys.modules[host.pack.__name__ + ".nodes.host"]
+    condition = rig.condition(physical, photo.clamp(-1, 1))
+    schedule = core.diffusion.respace(core.diffusion.linear_schedule(), "quad20")
+    want = core.samplers.sample(rig, noise, condition, schedule, "ddim", clip=False)
+    sigmas = model.get_model_object("model_sampling").sigmas
+    sigmas = torch.cat([sigmas[schedule.timesteps].flip(0), torch.zeros(1)])
+    conditioning = ours.conditioning(condition)
+    with torch.inference_mode():
+        got = comfy.sample.sample_custom(
+            model,
+            noise,
+            1.0,
+            comfy.samplers.sampler_object("euler"),
+            sigmas,
+            conditioning,
+            conditioning,
+            torch.zeros_like(noise),
+        )
+    assert (got - want).norm() / want.norm() < 1e-4
+
+
+def test_the_hosts_ksampler_paints_on_our_model(host, graph):
+    graph = without_inversion(graph, "tiny.safetensors")
+    k = next(k for k, n in graph.items() if n["class_type"] == "FaceRig_ConditionedSample")
+    inputs = graph[k]["inputs"]
+    graph["100"] = {
+        "class_type": "EmptyChromaRadianceLatentImage",
+        "inputs": {"width": SIZE, "height": SIZE, "batch_size": 1},
+    }
+    graph["101"] = {
+        "class_type": "KSampler",
+        "inputs": {
+            "model": inputs["model"],
+            "positive": inputs["conditioning"],
+            "negative": inputs["conditioning"],
+            "latent_image": ["100", 0],
+            "seed": 1,
+            "steps": 4,
+            "cfg": 1.0,
+            "sampler_name": "euler",
+            "scheduler": "normal",
+            "denoise": 1.0,
+        },
+    }
+    graph["102"] = {"class_type": "VAELoader", "inputs": {"vae_name": "pixel_space"}}
+    graph[k] = {"class_type": "VAEDecode", "inputs": {"samples": ["101", 0], "vae": ["102", 0]}}
+    ok, messages, _ = host.run(graph)
+    assert ok, messages[-1]
+
+
+def test_a_photo_is_turned_and_smiles(host, graph):
+    """Edit Face and Move Photo on the way, as the workflow's note says."""
+    of_type(graph, "FaceRig_LoadDiffusionRig")["inputs"]["file"] = "tiny.safetensors"
+    key = {n["class_type"]: k for k, n in graph.items()}
+    fit, head = key["FaceRig_FitToLandmarks"], [key["FaceRig_LoadFaceModel"], 0]
+    edit = {"face_model": head, "face_code": [fit, 0], "yaw": 15.0, "smile": 0.8}
+    edit |= dict.fromkeys(("pitch", "roll", "jaw", "gaze_x", "gaze_y"), 0.0)
+    edit |= dict.fromkeys(("frown", "raise_brows", "lower_brows", "blink", "squint", "wide_eyes"), 0.0)
+    edit |= dict.fromkeys(("pucker", "puff_cheeks", "sneer"), 0.0)
+    for n in graph.values():
+        if n["inputs"].get("face_code") == [fit, 0]:
+            n["inputs"]["face_code"] = ["200", 0]
+    graph["200"] = {"class_type": "FaceRig_EditFace", "inputs": edit}
+    image = [key["FaceRig_AlignFace"], 0]
+    moved = {"face_model": head, "image": image, "source": [fit, 0], "target": ["200", 0]}
+    graph["201"] = {"class_type": "FaceRig_MovePhoto", "inputs": moved}
+    of_type(graph, "FaceRig_DDIMInvert")["inputs"]["image"] = ["201", 0]
+    of_type(graph, "FaceRig_ConditionedSample")["inputs"]["hidden"] = ["201", 1]
+    of_type(graph, "FaceRig_PasteBack")["inputs"]["mode"] = "replace"
+    ok, messages, _ = host.run(graph)
+    assert ok, messages[-1]
