@@ -1,10 +1,11 @@
 """Build the open head: `python -m training.head --ict FOLDER` writes rig_core/assets/open_head.safetensors.
 
-FOLDER holds ict_facekit.safetensors and skin_lod.npz (ICT-FaceKit, MIT licence, repacked). The head keeps some 6500
-of its vertices; identity and expression modes are estimated anew by PCA on sampled faces. Deterministic by --seed.
+FOLDER holds ict_facekit.safetensors and skin_lod.npz (ICT-FaceKit, MIT licence, repacked). The head keeps
+some 6500 of its vertices; identity and expression modes are estimated anew by PCA on sampled faces.
+Deterministic by --seed.
 
-`python -m training.head --light-prior CODES` only replaces the light prior in the asset by the mean and standard
-deviation of the tensor `light` [N,9,3] in CODES.
+`python -m training.head --light-prior CODES` only replaces the light prior in the asset by the mean and
+standard deviation of the tensor `light` [N,9,3] in CODES. Building the head anew sets a provisional one.
 """
 
 from __future__ import annotations
@@ -23,16 +24,14 @@ from training import head_albedo, head_mesh
 ASSET = Path(__file__).parent.parent / "rig_core" / "assets" / "open_head.safetensors"
 CM = 0.01
 PIVOT = np.array([0.0, -1.0, 1.0])  # cm: the head turns about this point between the ears, slightly low
-GAZE = np.deg2rad(
-    [25.0, 30.0, 35.0, 35.0]
-)  # eye rotation that belongs to the lids' eyeLook shapes: up, down, left, right
+GAZE = np.deg2rad([25.0, 30.0, 35.0, 35.0])  # the eye's turn at which the lids have the full eyeLook shapes
 NOTICE = "Derived from ICT-FaceKit (https://github.com/ICT-VGL/ICT-FaceKit), commit da5f95a6. "
 
 
 def pca(x: np.ndarray, weight: np.ndarray, share: float, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Uncentred PCA of offsets x [N,V,3] with vertex weights [V]: modes [K,V,3] for unit-variance coefficients.
+    """Uncentred PCA of offsets x [N,V,3] with vertex weights [V]: modes [K,V,3], unit-variance coefficients.
 
-    Returns the modes, as many as carry `share` of the weighted variance, and the cumulative share of every mode.
+    Returns the modes, as many as carry `share` of the weighted variance, and the cumulative share of all.
     The part of the mesh without weight follows by regression on the coefficients.
     """
     n = len(x)
@@ -134,7 +133,7 @@ def strip(points, faces, start, outward, inner, back):
 
 
 def contour_strips(points, faces, landmarks, size=24):
-    """Candidates for the 17 contour landmarks: edges [17,size,2], weights [17,size], outward directions [17,2]."""
+    """Candidates for the 17 contour landmarks: edges [17,size,2], weights [17,size], outward [17,2]."""
     edges, weights = np.zeros((17, size, 2), np.int64), np.zeros((17, size), np.float32)
     angle = np.pi + np.pi * np.interp(np.arange(17), [0, 4, 8, 12, 16], [0, 0.12, 0.5, 0.88, 1])
     outward = np.stack([np.cos(angle), np.sin(angle)], 1)
@@ -160,8 +159,8 @@ def close_lips(points, mesh, marks, reach=0.4) -> None:
     points[part, 1] -= side * half * np.exp(-((distance / reach) ** 2))
 
 
-def close_teeth(points, mesh, growth=1.1, back=0.08) -> None:
-    """Widen each tooth along the arch until neighbours touch, since decimation leaves gaps; `back` cm behind the lips."""
+def close_teeth(points, mesh, growth=1.08, back=0.08) -> None:
+    """Widen each tooth along the arch until neighbours touch (decimation leaves gaps), `back` cm deeper."""
     for name in ("teeth_upper", "teeth_lower"):
         faces = mesh.faces[mesh.face_part == name]
         label = head_mesh.components(faces)

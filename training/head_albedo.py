@@ -156,7 +156,7 @@ def openness(points: np.ndarray, faces: np.ndarray, directions: int = 160) -> np
 
 
 def mark_nostrils(mesh: Mesh, points: np.ndarray, openness: np.ndarray) -> None:
-    """Name the faces inside the nostrils "nostril": in the atlas they would lie below the wings of the nose."""
+    """Name the faces inside the nostrils: in the atlas they would lie below the wings of the nose."""
     p, dark = points[mesh.faces], (openness[mesh.faces] < 0.2).all(1)
     inside = (np.abs(p[..., 0]) < 1.5) & (p[..., 1] > -1.6) & (p[..., 1] < 1.5) & (p[..., 2] > 9.5)
     mesh.face_part[dark & inside.all(1) & (mesh.face_part == "skin")] = "nostril"
@@ -206,7 +206,7 @@ def inner_maps(p: np.ndarray, part: np.ndarray, eye_centre: np.ndarray) -> dict[
     fixed[part == KINDS["nostril"]] = (0.17, 0.075, 0.065)
     for names, colour, least in (
         (("mouth", "gums"), (0.52, 0.22, 0.21), 0.12),
-        (("teeth_upper", "teeth_lower"), (0.84, 0.79, 0.70), 0.30),
+        (("teeth_upper", "teeth_lower"), (0.78, 0.73, 0.645), 0.30),
     ):
         where = np.isin(part, [KINDS[n] for n in names])
         fixed[where] = (np.array(colour) * (least + (1 - least) * depth))[where]
@@ -220,8 +220,8 @@ def inner_maps(p: np.ndarray, part: np.ndarray, eye_centre: np.ndarray) -> dict[
 def build(mesh, points, openness, landmarks, eye_centre, uv, uv_faces) -> dict[str, np.ndarray]:
     """Masks `mask.NAME` [V] and maps `map.NAME` as uint8 (255 = 1, row 0 is v = 1).
 
-    points [V,3] of the mean face (cm), openness [V], landmarks [68] its vertices. The maps of the skin have the upper `SKIN_ROWS` of
-    256 rows, those of eyes, teeth and mouth the rest.
+    points [V,3] of the mean face (cm), openness [V], landmarks [68]: its vertices. Maps of the skin have the
+    upper `SKIN_ROWS` of 256 rows, those of eyes, teeth and mouth the rest.
     """
     marks = points[landmarks]
     masks = vertex_masks(mesh, points, marks, eye_centre)

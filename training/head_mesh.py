@@ -18,7 +18,7 @@ BUDGET = {"mouth": 260, "socket": 70, "gums": 240, "teeth": 300, "eyeball": 190}
 
 @dataclass(frozen=True)
 class Mesh:
-    """index [V] vertices of the full model, faces [F,3] rows of index; part [V], face_part [F]: names of the parts.
+    """index [V]: vertices of the full model; faces [F,3]: rows of index; part [V], face_part [F]: names.
 
     Pockets share the border vertices of the skin: those belong to "skin".
     """
@@ -136,8 +136,8 @@ def _outside(points: np.ndarray, faces: np.ndarray) -> np.ndarray:
 def build_mesh(ict: dict[str, np.ndarray], skin: np.ndarray, skin_faces: np.ndarray) -> Mesh:
     """Decimated skin, eyeballs, eye sockets, mouth pocket, gums, tongue and teeth as one mesh.
 
-    ict: arrays of ict_facekit.safetensors; skin [N] and skin_faces [F,3], vertices of the full model: a decimation
-    that keeps the skin's borders. The pockets are welded to the lips and lids, so the mesh is closed but for the neck.
+    ict: arrays of ict_facekit.safetensors; skin [N] and skin_faces [F,3], vertices of the full model: a
+    decimation that keeps the skin's borders. Pockets are welded to the lips and lids, only the neck is open.
     """
     points, tris, ranges = ict["neutral"], ict["triangles"], ict["part_ranges"]
     sub = ict["subpart_ranges"]
@@ -170,7 +170,7 @@ def build_mesh(ict: dict[str, np.ndarray], skin: np.ndarray, skin_faces: np.ndar
 
 
 def rasterize_uv(uv: np.ndarray, uv_faces: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
-    """Interpolate per-corner values [F,3,D] over a texture [size,size,D]; NaN where no triangle is. Row 0 is v = 1."""
+    """Interpolate per-corner values [F,3,D] over a texture [size,size,D]; NaN where empty. Row 0 is v = 1."""
     out = np.full((size, size, values.shape[-1]), np.nan)
     xy = np.stack([uv[:, 0] * size - 0.5, (1 - uv[:, 1]) * size - 0.5], 1)
     for t, val in zip(xy[uv_faces], values):
@@ -222,7 +222,7 @@ def _eye_disc(d: np.ndarray) -> np.ndarray:
 
 
 def atlas(mesh: Mesh, points: np.ndarray, eye_centre: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One texture tile: the head unrolled around an upright axis with its seam at the back and the face enlarged,
+    """One texture: the head unrolled around an upright axis with its seam at the back and the face enlarged;
     small tiles for eyes (seen from the front), teeth and mouth. points [V,3] in centimetres.
     Returns uv [T,2] (v up) and uv_faces [F,3].
     """

@@ -67,7 +67,7 @@ class HeadModel(Protocol):
 
 
 def face_centre(inner: Tensor) -> Tensor:
-    """FFHQ's centre [B,3] of landmarks 17..67 [B,51,3]: from the eyes a tenth of the way to the mouth corners."""
+    """FFHQ's centre [B,3] of landmarks 17..67 [B,51,3]: a tenth of the way from the eyes to the mouth."""
     eyes = (inner[:, 19:25].mean(1) + inner[:, 25:31].mean(1)) / 2
     return eyes + 0.1 * ((inner[:, 31] + inner[:, 37]) / 2 - eyes)
 
@@ -75,8 +75,8 @@ def face_centre(inner: Tensor) -> Tensor:
 def centred_code(head: HeadModel, inner: Tensor, batch: int, size: int | tuple[int, int]) -> FaceCode:
     """Zero coefficients and the mean light, with a camera that puts the face where FFHQ has it.
 
-    inner [1,51,3]: landmarks 17..67 of the mean face. The eyes are a quarter of the picture apart; a picture that is not
-    square holds the face in its middle square.
+    inner [1,51,3]: landmarks 17..67 of the mean face. The eyes are a quarter of the picture apart;
+    a picture that is not square holds the face in its middle square.
     """
     h, w = (size, size) if isinstance(size, int) else size
     side = min(h, w)

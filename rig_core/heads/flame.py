@@ -14,7 +14,7 @@ from .lbs import lbs
 
 SHAPE_SPACE = 300  # columns of shapedirs that are identity; expression follows
 TEXTURE = 256
-# DECA's light estimates over FFHQ photos, mean of RGB: they are not physical, a frontal light is out of distribution
+# DECA's light estimates over FFHQ photos, mean of RGB: not physical, a frontal light is out of distribution
 LIGHT_MEAN = (3.65, 0.13, 0.14, -0.38, -0.02, -0.11, 0.16, 0.19, 0.25)
 LIGHT_STD = (0.33, 0.32, 0.12, 0.12, 0.21, 0.21, 0.31, 0.27, 0.22)
 
@@ -22,7 +22,8 @@ LIGHT_STD = (0.33, 0.32, 0.12, 0.12, 0.21, 0.21, 0.31, 0.27, 0.22)
 class Flame(nn.Module):
     """FLAME with 100 shape, 50 expression, 50 albedo and 6 pose numbers (global and jaw axis-angle).
 
-    Convention: metres; x to the right of the picture, y up, z to the viewer. Neck and eyes stay at rest, as in DECA.
+    Convention: metres; x to the right of the picture, y up, z to the viewer. Neck and eyes rest,
+    as in DECA.
     """
 
     name = "flame"
@@ -34,8 +35,8 @@ class Flame(nn.Module):
         v_template [V,3], f [F,3], shapedirs [V,3,400], posedirs [V,3,36], J_regressor [J,V], weights [V,J],
         kintree_table [2,J]; uv [T,2] (v up), uv_faces [F,3]; landmark embedding: static_lmk_faces_idx [51],
         static_lmk_bary_coords [51,3], dynamic_lmk_faces_idx [79,17], dynamic_lmk_bary_coords [79,17,3],
-        full_lmk_faces_idx [1,68], full_lmk_bary_coords [1,68,3]; optional: texture_mean [512,512,3] and texture_dirs
-        [512,512,3,K] (blue, green, red, 0..255), mask.NAME [V].
+        full_lmk_faces_idx [1,68], full_lmk_bary_coords [1,68,3]; optional: texture_mean [512,512,3] and
+        texture_dirs [512,512,3,K] (blue, green, red, 0..255), mask.NAME [V].
         Raises ValueError when one is missing or their sizes do not fit.
         """
         return cls(tensors, sizes or HeadSizes(shape=100, tex=50, exp=50, pose=6))
@@ -84,7 +85,7 @@ class Flame(nn.Module):
         return {k: getattr(self, f"mask_{k}") for k in self.mask_names}
 
     def verts(self, shape: Tensor, exp: Tensor, pose: Tensor, index: Tensor | None = None) -> Tensor:
-        """shape [B,100], exp [B,50], pose [B,6] -> vertices [B,V,3]; with index [N] only those vertices [B,N,3]."""
+        """shape [B,100], exp [B,50], pose [B,6] -> vertices [B,V,3], or those of index [N] alone."""
         rest = torch.zeros_like(pose[:, :3])
         full = torch.cat([pose[:, :3], rest, pose[:, 3:6], rest, rest], 1)
         betas = torch.cat([shape, exp], 1)
@@ -136,7 +137,7 @@ class Flame(nn.Module):
         return torch.cat([contour, self._embed(verts, self.static_face, self.static_bary)], 1)
 
     def landmarks3d(self, verts: Tensor) -> Tensor:
-        """verts [B,V,3] -> the 68 landmarks [B,68,3] of the static embedding: the contour stays on the jaw."""
+        """verts [B,V,3] -> the 68 landmarks [B,68,3] of the static embedding: its contour stays put."""
         return self._embed(verts, self.full_face, self.full_bary)
 
     def centre(self, verts: Tensor) -> Tensor:
@@ -144,7 +145,7 @@ class Flame(nn.Module):
         return face_centre(self._embed(verts, self.static_face, self.static_bary))
 
     def albedo(self, tex: Tensor) -> Tensor:
-        """tex [B,50] -> [B,3,256,256], unclipped, display space (FLAME_texture). RuntimeError without a texture."""
+        """tex [B,50] -> [B,3,256,256], unclipped, display space. Raises RuntimeError without a texture."""
         if not self.has_texture:
             raise RuntimeError(
                 "this FLAME head has no texture: load FLAME_texture.npz with it, or hand in an albedo"

@@ -11,7 +11,7 @@ from ..face import axis_angle_to_matrix
 def chain(rotation: Tensor, joints: Tensor, parents: list[int]) -> Tensor:
     """World transforms [B,J,4,4] of a kinematic tree.
 
-    rotation [B,J,3,3] of each joint in its parent's frame, joints [B,J,3] at rest; parents[0] is ignored (the root).
+    rotation [B,J,3,3] of each joint in its parent's frame, joints [B,J,3] at rest; parents[0] is ignored.
     """
     b, j = rotation.shape[:2]
     offset = joints.clone()
@@ -36,8 +36,8 @@ def lbs(
 ) -> tuple[Tensor, Tensor]:
     """Pose a skinned model.
 
-    betas [B,K], pose [B,3J] axis-angle per joint, template [V,3], shapedirs [V,3,K], posedirs [9(J-1),3V] (rows: entries
-    of R - I of joints 1.., row-major), regressor [J,V] shaped vertices -> joints, weights [V,J] rows that sum to one.
+    betas [B,K], pose [B,3J] axis-angle per joint, template [V,3], shapedirs [V,3,K], posedirs [9(J-1),3V]
+    (rows: entries of R - I of joints 1.., row-major), regressor [J,V] shaped vertices -> joints, weights [V,J].
     Returns vertices [B,V,3] and posed joints [B,J,3].
     """
     b, j = len(pose), len(regressor)

@@ -38,8 +38,8 @@ class OpenHead(nn.Module):
 
     Convention: metres; x to the right of the picture (the subject's left), y up, z to the viewer; the origin
     lies between the ears, slightly low, where a head turns on its neck. All coefficients have unit variance,
-    zero is the mean face. pose [B,8]: global axis-angle (3) about the origin, jaw axis-angle (3) about the hinge
-    (x > 0 opens, 0.44 is wide open), gaze yaw (> 0 to the right of the picture) and pitch (> 0 up), radians.
+    zero is the mean face. pose [B,8] (radians): global axis-angle (3) about the origin, jaw axis-angle (3) about
+    the hinge (x > 0 opens, 0.44 is wide open), gaze yaw (> 0 to the right of the picture) and pitch (> 0 up).
     `expressions` [N,E]: row i is the `exp` of expression_names[i] at weight 1; rows may be added up.
     """
 
@@ -85,7 +85,7 @@ class OpenHead(nn.Module):
         return torch.cat([self.contour_edges.flatten(), self.landmark_index]).unique()
 
     def verts(self, shape: Tensor, exp: Tensor, pose: Tensor, index: Tensor | None = None) -> Tensor:
-        """shape [B,S], exp [B,E], pose [B,8] -> vertices [B,V,3]; with index [N] only those vertices [B,N,3]."""
+        """shape [B,S], exp [B,E], pose [B,8] -> vertices [B,V,3], or those of index [N] alone [B,N,3]."""
         rows = slice(None) if index is None else index
         template = self.template[rows]
         modes = self.modes.view(len(self.modes), -1, 3)[:, rows].flatten(1)
@@ -114,10 +114,10 @@ class OpenHead(nn.Module):
         return x
 
     def landmarks(self, verts: Tensor, pose: Tensor) -> Tensor:
-        """verts [B,V,3], or only [B,N,3] those of `landmark_vertices`, and their pose [B,8] -> [B,68,3], iBUG order.
+        """verts [B,V,3], or only those of `landmark_vertices` [B,N,3], and their pose [B,8] -> [B,68,3].
 
-        17..67 are fixed vertices. 0..16 lie on the silhouette: each takes the point of its strip (a cut of the cheek
-        at one height) that is farthest out in the picture.
+        iBUG order. 17..67 are fixed vertices. 0..16 lie on the silhouette: each takes the point of its strip
+        (a cut of the cheek at one height) that is farthest out in the picture.
         """
         edges, fixed = self.contour_edges, self.landmark_index[17:]
         if verts.shape[1] != len(self.template):
@@ -148,7 +148,7 @@ class OpenHead(nn.Module):
         """tex [B,12] (see `TEX`), unit variance -> [B,3,256,256] in display space.
 
         Skin follows a two-pigment absorption model in linear light: log reflectance = base - M a - H b with
-        melanin M and haemoglobin H (as Tsumura et al., SIGGRAPH 2003); encoding by a power keeps it one exponential.
+        melanin M, haemoglobin H (as Tsumura et al., SIGGRAPH 2003); encoding by a power keeps it one exponential.
         """
         t = {k: tex[:, i, None, None, None] for i, k in enumerate(TEX)}
         return torch.cat([self._skin(t, self._maps()), self._inner(t)], 2)
