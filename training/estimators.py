@@ -144,6 +144,8 @@ def train_landmarks(args: argparse.Namespace) -> None:
         return kept
 
     train(nets.finder, finder_step, args.finder_steps, args.lr, "faces", keep(finder))
+    taken = fc.mistakes(finder, faces, bank, 3000)
+    print(f"{len(taken)} crops that the face network mistook", flush=True)
     train(nets.landmarks, landmark_step, args.landmark_steps, args.lr, "landmarks", keep(points))
     save()
     print(f"wrote {args.out} ({args.out.stat().st_size / 2**20:.2f} MB)")

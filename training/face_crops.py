@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rig_core import buffers, checkpoints, data
+from rig_core.estimators import landmarks as lm
 from rig_core.estimators.landmarks import CROP, FRAME, MIRROR, bounding_boxes, similarity
 
 SIDE = 256  # px, all training pictures
@@ -255,8 +256,9 @@ def finish(crops: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     return crops, torch.where(flip[:, None, None], mirrored, points)
 
 
-def wrong_crops(faces: Faces, bank: Tensor, n: int) -> Tensor:
-    """[n,3,96,96] that the landmark network has to refuse: textures, and faces far out of the frame."""
+def wrong_crops(faces: Faces, bank: Tensor, taken: Tensor, n: int) -> Tensor:
+    """[n,3,96,96] that the landmark network has to refuse: textures, faces far out of the frame, and what the
+    face network mistook (`taken`, a bank of uint8 crops)."""
     index = torch.randint(len(faces), (n,))
     box = bounding_boxes(faces.points[index])
     step = (box[:, 2:] - box[:, :2]).amax(1) * FRAME / CROP
@@ -270,7 +272,27 @@ def wrong_crops(faces: Faces, bank: Tensor, n: int) -> Tensor:
     b = (box[:, :2] + box[:, 2:]) / 2 - (a @ target[:, :, None])[:, :, 0]
     crops, _, inside = warp(faces, index, a, b, torch.zeros(n, 2, CROP, CROP))
     crops = torch.lerp(draw(bank, n), crops, inside * (torch.rand(n, 1, 1, 1) < 0.7))
+    if len(taken):
+        crops = torch.where(torch.rand(n, 1, 1, 1) < 0.6, draw(taken, n), crops)
     return photo(cover(crops))
+
+
+def mistakes(finder, faces: Faces, bank: Tensor, scenes: int) -> Tensor:
+    """What the face network takes for a face in that many scenes and is none: uint8 [N,3,96,96]."""
+    out = [torch.zeros(0, 3, CROP, CROP)]
+    for _ in range(scenes // 50):
+        pictures, boxes = face_scenes(faces, bank, 50)
+        with torch.no_grad():
+            answers = finder(pictures)
+        for picture, box, answer in zip(pictures, boxes, answers):
+            found, _ = lm.decode(answer)
+            centre, side = (found[:, :2] + found[:, 2:]) / 2, (found[:, 2:] - found[:, :2]).amax(1)
+            size = (box[2:] - box[:2]).amax()
+            beside = (centre - (box[:2] + box[2:]) / 2).abs().amax(1) > 0.4 * torch.maximum(side, size)
+            wrong = beside | ((side / size).log().abs() > 0.8) | size.isnan()
+            if wrong.any():
+                out.append(lm.crop(picture[None], *lm.box_frame(found[wrong])))
+    return (torch.cat(out) * 255).round().byte()
 
 
 def face_scenes(faces: Faces, bank: Tensor, n: int) -> tuple[Tensor, Tensor]:
