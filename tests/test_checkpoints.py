@@ -1,0 +1,455 @@
+"""Files of weights: exact round trips, and every kind of bad file ends in one clear line."""
+
+import builtins
+import io
+import json
+import os
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from rig_core import checkpoints
+from rig_core.checkpoints import CheckpointError
+from rig_core.denoisers.rig import DiffusionRig, RigConfig
+from rig_core.unpickle import Refused, load
+
+CONFIG = RigConfig(32, 32, (1, 2), 1, (16,), num_heads=2, latent_dim=8, encoder_width=8, norm_groups=8)
+PUBLISHED = RigConfig(32, 32, (1, 2), 1, (16,), latent_dim=8, encoder_width=8)
+
+
+def rig(config=CONFIG, seed=0):
+    torch.manual_seed(seed)
+    model = DiffusionRig(config)
+    torch.nn.init.normal_(model.denoisingUNet.out[2].weight)
+    return model
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def line(path, call=checkpoints.load_rig):
+    """The message of the error that loading must raise: one line that names the file."""
+    with pytest.raises(CheckpointError) as e:
+        call(path)
+    assert str(path) in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 600
+    return str(e.value)
+
+
+def archive(path, data_pkl, members=(), compression=zipfile.ZIP_STORED):
+    """A file like torch.save's around any pickle."""
+    with zipfile.ZipFile(path, "w", compression) as z:
+        z.writestr("archive/data.pkl", data_pkl)
+        for name, data in members:
+            z.writestr(f"archive/{name}", data)
+    return path
+
+
+# ours
+
+
+def test_rig_comes_back_exactly(tmp_path):
+    model, path = rig(), tmp_path / "a.safetensors"
+    mean_shape = torch.randn(57)
+    checkpoints.save_rig(path, model, {"step": 12, "stage": 2, "mean_shape": mean_shape})
+    found, meta = checkpoints.load_rig(path)
+    assert same(found, model) and not found.training
+    assert found.config == CONFIG
+    assert meta["kind"] == "diffusion_rig" and meta["head"] == "open"
+    assert (meta["step"], meta["stage"]) == (12, 2)
+    assert torch.equal(meta["mean_shape"], mean_shape)
+    assert (
+        found.denoisingUNet.input_blocks[1][0]
+        .in_layers[2]
+        .weight.is_contiguous(memory_format=torch.channels_last)
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_loaded_rig_computes_and_trains(tmp_path):
+    model, path = rig(), tmp_path / "a.safetensors"
+    checkpoints.save_rig(path, model)
+    found, _ = checkpoints.load_rig(path)
+    x, physical = torch.randn(1, 3, 32, 32), torch.randn(1, 9, 32, 32)
+    t = torch.tensor([100])
+    a, b = (m(x, t, m.condition(physical, x)) for m in (found, model.eval()))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    found.requires_grad_(True).train()
+    found(x, t, found.condition(physical, torch.randn(1, 3, 64, 64))).sum().backward()
+    assert found.denoisingUNet.out[2].weight.grad.abs().max() > 0
+
+
+def test_half_precision_files(tmp_path):
+    model = rig()
+    checkpoints.save_rig(tmp_path / "full.safetensors", model)
+    checkpoints.save_rig(tmp_path / "half.safetensors", model, half=True)
+    full, half = (checkpoints.load_rig(tmp_path / f"{n}.safetensors")[0] for n in ("full", "half"))
+    for (k, a), b in zip(full.state_dict().items(), half.state_dict().values()):
+        assert a.dtype == b.dtype
+        assert torch.equal(b, a) if a.ndim < 2 else ((b - a).abs() <= a.abs() * 2**-11 + 3e-8).all(), k
+    checkpoints.save_rig(tmp_path / "again.safetensors", half, half=True)
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "half.safetensors").read_bytes()
+    sizes = [(tmp_path / f"{n}.safetensors").stat().st_size for n in ("half", "full")]
+    assert sizes[0] < 0.55 * sizes[1]
+
+
+def test_half_precision_keeps_what_float16_cannot_hold(tmp_path):
+    model = rig()
+    model.denoisingUNet.out[2].weight.data.fill_(1e6)
+    checkpoints.save_rig(tmp_path / "a.safetensors", model, half=True)
+    assert (checkpoints.load_rig(tmp_path / "a.safetensors")[0].denoisingUNet.out[2].weight == 1e6).all()
+
+
+def test_requested_precision(tmp_path):
+    checkpoints.save_rig(tmp_path / "a.safetensors", rig())
+    model, _ = checkpoints.load_rig(tmp_path / "a.safetensors", dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.encoder.bn1.num_batches_tracked.dtype == torch.int64
+
+
+def test_any_tensors_and_meta_come_back(tmp_path):
+    tensors = {
+        "image": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "scalar": torch.tensor(3),
+        "none": torch.zeros(0, 3),
+        "half": torch.randn(3).bfloat16(),
+        "view": torch.arange(12).reshape(3, 4).T,
+    }
+    meta = {"kind": "x", "nested": {"a": [1, 2.5, None, True]}, "name": "ü"}
+    checkpoints.save(tmp_path / "a.safetensors", tensors, meta)
+    found, found_meta = checkpoints.read(tmp_path / "a.safetensors")
+    assert found_meta == meta and found.keys() == tensors.keys()
+    assert all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in tensors.items())
+
+
+def test_default_head_loads():
+    head = checkpoints.load_head()
+    code = head.mean_code(1, (64, 64))
+    assert head.verts(code.shape, code.exp, code.pose).isfinite().all()
+
+
+# writing
+
+
+def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    checkpoints.save(path, {"a": torch.ones(3)}, {"n": 1})
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as m:
+            m.setattr(os, name, full)
+            with pytest.raises(OSError, match="No space left"):
+                checkpoints.save(path, {"a": torch.zeros(3)}, {"n": 2})
+        assert path.read_bytes() == before
+        assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+    with pytest.raises(TypeError):
+        checkpoints.save(path, {"a": torch.zeros(3)}, {"n": object()})
+    assert path.read_bytes() == before
+
+
+def test_saved_files_follow_the_umask(tmp_path):
+    (tmp_path / "plain").touch()
+    checkpoints.save(tmp_path / "a.safetensors", {"a": torch.ones(1)}, {})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+# published files
+
+
+def test_published_file_comes_back_bit_for_bit(tmp_path):
+    model, path = rig(PUBLISHED), tmp_path / "model050000.pt"
+    torch.save(model.state_dict(), path)
+    found, meta = checkpoints.load_rig(path)
+    assert same(found, model) and found.config == PUBLISHED
+    assert meta == {"kind": "diffusion_rig", "head": "flame", "config": PUBLISHED.to_dict()}
+
+
+def test_published_weights_as_safetensors(tmp_path):
+    model, path = rig(PUBLISHED), tmp_path / "converted.safetensors"
+    save_file(model.state_dict(), path, {"format": "pt"})
+    assert same(checkpoints.load_rig(path)[0], model)
+
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32]
+DTYPES += [torch.int16, torch.int8, torch.uint8, torch.bool]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_tensors_of_every_type(tmp_path, dtype, protocol):
+    x = (torch.randn(4, 6) * 10).to(dtype)
+    tree = {"whole": x, "view": x[1:, ::2], "T": x.t(), "empty": x[:0], "number": x[0, 0]}
+    tree["parameter"] = torch.nn.Parameter(torch.randn(3))
+    torch.save(tree, tmp_path / "a.pt", pickle_protocol=protocol)
+    found, meta = checkpoints.read(tmp_path / "a.pt")
+    assert meta == {} and found.keys() == tree.keys()
+    assert all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in tree.items())
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_numpy_arrays_become_tensors(protocol):
+    tree = OrderedDict(a=np.arange(6.0).reshape(2, 3), b=np.asfortranarray(np.eye(3, dtype=np.int32)[:2]))
+    if protocol == 5:  # arrays leave as buffers, which torch.save does not use
+        tree = OrderedDict(a=tree["a"].tolist())
+    tree["s"] = np.float32(2.5) if protocol < 5 else 2.5
+    found = load(pickle.dumps(tree, protocol), None)
+    assert found["s"] == 2.5
+    for k in tree.keys() - {"s"}:
+        assert np.array_equal(np.asarray(found[k]), np.asarray(tree[k]))
+
+
+def test_big_endian_array_is_converted():
+    a = np.arange(5, dtype=">i4")
+    assert load(pickle.dumps({"a": a}, 2), None)["a"].tolist() == [0, 1, 2, 3, 4]
+
+
+# hostile files
+
+
+class Call:
+    """Pickles as a call of f(*args)."""
+
+    def __init__(self, f, *args):
+        self.call = f, args
+
+    def __reduce__(self):
+        return self.call
+
+
+HOSTILE = {
+    "os.system": (lambda mark: Call(os.system, f"touch {mark}"), r"refused '(posix|nt)\.system'"),
+    "eval": (lambda mark: Call(eval, f"open({str(mark)!r}, 'w')"), r"refused '(builtins|__builtin__)\.eval'"),
+    "open": (lambda mark: Call(builtins.open, str(mark), "w"), r"refused '(_io|io)\.open'"),
+    "getattr": (lambda mark: Call(getattr, "text", "upper"), r"refused '(builtins|__builtin__)\.getattr'"),
+    "nested": (
+        lambda mark: {"w": [torch.ones(2), {"x": (1, Call(Call, Call(os.mkdir, str(mark))))}]},
+        r"refused '",
+    ),
+    "module": (lambda mark: torch.nn.Linear(2, 2), r"refused 'torch\.nn\.modules\.linear\.Linear'"),
+    "object array": (lambda mark: {"a": np.array([Call(os.mkdir, str(mark))])}, "refused '"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_hostile_pickles_are_refused_and_not_executed(tmp_path, name, protocol):
+    make, wanted = HOSTILE[name]
+    mark = tmp_path / "executed"
+    torch.save(make(mark), tmp_path / "a.pt", pickle_protocol=protocol)
+    with pytest.raises(CheckpointError, match=wanted):
+        checkpoints.load_rig(tmp_path / "a.pt")
+    assert "nothing of the file was executed" in line(tmp_path / "a.pt")
+    assert not mark.exists()
+
+
+def test_allowed_names_do_nothing_unexpected():
+    def tree(text):
+        return b"\x80\x02" + text + b"."
+
+    with pytest.raises(Refused, match="setting the state of 'collections.OrderedDict'"):
+        load(tree(b"ccollections\nOrderedDict\n}X\x01\x00\x00\x00aK\x01sb"), None)
+    with pytest.raises(Refused, match="calling 'torch.FloatStorage'"):
+        load(tree(b"ctorch\nFloatStorage\n)R"), None)
+    with pytest.raises(Refused, match="calling a tuple"):
+        load(tree(b"))R"), None)
+    with pytest.raises(Refused, match="PERSID"):
+        load(tree(b"Pabc\n"), None)
+    with pytest.raises(Refused, match="opcode INST"):
+        load(tree(b"(ios\nsystem\n"), None)
+    with pytest.raises(Refused, match="opcode EXT1"):
+        load(tree(b"\x82\x01"), None)
+    with pytest.raises(Refused, match="key"):
+        load(tree(b"})K\x01s"), None)
+
+
+def test_structures_that_explode_are_harmless():
+    deep = b"".join(
+        b"q%c2h%ch%c\x86" % (i, i, i) for i in range(1, 120)
+    )  # each tuple holds the last one twice
+    with pytest.raises(ValueError):
+        load(b"\x80\x02)" + deep + b")R.", None)
+    nested = {}
+    for _ in range(200):
+        nested = {"a": nested, "b": nested}
+    assert load(pickle.dumps(nested), None)["a"]["b"]["a"].keys() == {"a", "b"}
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_damaged_pickles_never_surprise(data):
+    whole = pickle.dumps(OrderedDict(a=np.arange(3), b={"c": [1, 2.0, "x", None]}, d=(True, b"z")), 2)
+    raw = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        load(bytes(raw[: data.draw(st.integers(0, len(raw)))]), None)
+    except ValueError:
+        pass  # Refused is one
+
+
+def storage_pickle(count, shape, stride=None, offset=0, key="0"):
+    """A pickle of one float tensor with these claims about its storage."""
+    buffer = io.BytesIO()
+
+    class Storage:
+        pass
+
+    class Pickler(pickle._Pickler):
+        def persistent_id(self, obj):
+            return ("storage", torch.FloatStorage, key, "cpu", count) if isinstance(obj, Storage) else None
+
+    stride = stride or tuple(int(np.prod(shape[i + 1 :])) for i in range(len(shape)))
+    call = Call(torch._utils._rebuild_tensor_v2, Storage(), offset, shape, stride, False, OrderedDict())
+    Pickler(buffer, 2).dump({"a": call})
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("claims", "message"),
+    [
+        (dict(count=10**12, shape=(10**12,)), "claims 1000000000000 x torch.float32, has 16 bytes"),
+        (dict(count=3, shape=(3,)), "claims 3 x"),
+        (dict(count=4, shape=(5,)), r"shape \[5\] in a storage of 4"),
+        (dict(count=4, shape=(10**6, 10**6), stride=(0, 0)), "in a storage of 4"),
+        (dict(count=4, shape=(2, 2), stride=(3, 1)), "reaches past"),
+        (dict(count=4, shape=(2,), offset=3), "reaches past"),
+        (dict(count=4, shape=(2,), offset=-1), "numbers"),
+        (dict(count=4, shape=(2,), stride=("x" * 9,)), "numbers"),
+        (dict(count=4, shape=(4,), key="../../x"), "storage ../../x is missing"),
+    ],
+)
+def test_false_claims_about_sizes(tmp_path, claims, message):
+    path = archive(tmp_path / "a.pt", storage_pickle(**claims), [("data/0", bytes(16))])
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.read(path)
+    good = archive(tmp_path / "b.pt", storage_pickle(4, (2, 2)), [("data/0", struct.pack("<4f", 1, 2, 3, 4))])
+    assert checkpoints.read(good)[0]["a"].tolist() == [[1, 2], [3, 4]]
+
+
+def test_zip_bombs(tmp_path):
+    zeros = ("data/0", bytes(10**6))
+    packed = archive(tmp_path / "a.pt", storage_pickle(250_000, (250_000,)), [zeros], zipfile.ZIP_DEFLATED)
+    assert "compressed" in line(packed)
+    twice = tmp_path / "b.pt"
+    archive(twice, storage_pickle(250_000, (250_000,)), [zeros])
+    # a directory entry that claims more than the file holds
+    raw = twice.read_bytes().replace(struct.pack("<I", 10**6), struct.pack("<I", 10**9))
+    twice.write_bytes(raw)
+    assert "more bytes than the file has" in line(twice)
+
+
+def test_rig_with_a_false_architecture_is_not_built(tmp_path):
+    state = rig(PUBLISHED).state_dict()
+    for key, value in {
+        "denoisingUNet.time_embed.0.weight": torch.zeros(1, 10**6),
+        "denoisingUNet.output_blocks.99999999999.0.in_layers.0.weight": torch.zeros(1),
+        "encoder.fc.weight": torch.zeros(10**6, 1),
+    }.items():
+        save_file(state | {key: value}, tmp_path / "a.safetensors")
+        line(tmp_path / "a.safetensors")
+    for config in (
+        {"norm_groups": 0},
+        {"image_size": "x"},
+        {"num_heads": 10**9},
+        {"dropout": []},
+        {"image_size": 7},
+    ):
+        meta = {checkpoints.META: json.dumps({"kind": "diffusion_rig", "config": config})}
+        save_file(state, tmp_path / "a.safetensors", meta)
+        line(tmp_path / "a.safetensors")
+
+
+# wrong, cut and empty files
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+def test_cut_files(tmp_path, name):
+    path, model = tmp_path / name, rig(PUBLISHED)
+    torch.save(model.state_dict(), path) if name == "a.pt" else checkpoints.save_rig(path, model)
+    whole = path.read_bytes()
+    for n in (0, 1, 7, 8, 9, 30, 100, 5000, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:n])
+        assert "download it again" in line(path)
+    path.write_bytes(whole)
+    assert same(checkpoints.load_rig(path)[0], model)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "empty"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (pickle.dumps({"a": 1}), "bare pickle"),
+        (b"\x1f\x8b" + bytes(30), "gzip"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(30), "something else"),
+        (b"\xff" * 8 + b"{" + bytes(30), "damaged or cut .safetensors"),
+        (b"PK\x03\x04" + bytes(30), "damaged or cut PyTorch archive"),
+    ],
+)
+def test_foreign_files(tmp_path, content, found):
+    (tmp_path / "a.pt").write_bytes(content)
+    assert found in line(tmp_path / "a.pt")
+    assert found in line(tmp_path / "a.pt", checkpoints.load_head)
+
+
+def test_files_of_another_kind(tmp_path):
+    checkpoints.save_rig(tmp_path / "rig.safetensors", rig())
+    assert "expected an open head, found kind 'diffusion_rig'" in line(
+        tmp_path / "rig.safetensors", checkpoints.load_head
+    )
+    head = checkpoints.ASSETS / "open_head.safetensors"
+    assert "expected a DiffusionRig denoiser, found kind 'open_head'" in line(head)
+    save_file({"lora.up": torch.ones(2)}, tmp_path / "lora.safetensors")
+    assert "found tensors like 'lora.up'" in line(tmp_path / "lora.safetensors")
+    torch.save({"state_dict": {"a": torch.ones(1)}, "epoch": 3}, tmp_path / "nested.pt")
+    assert "expected a dictionary of tensors, found state_dict, epoch" in line(tmp_path / "nested.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    assert "found list" in line(tmp_path / "list.pt")
+    archive(tmp_path / "other.zip", b"", [])
+    line(tmp_path / "other.zip")
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as z:
+        z.writestr("photo.jpg", b"x")
+    assert "holds no data.pkl" in line(tmp_path / "photos.zip")
+    assert "cannot be read" in line(tmp_path / "missing.safetensors")
+    assert "cannot be read" in line(tmp_path)
+
+
+def test_rig_with_wrong_tensors(tmp_path):
+    state = rig(PUBLISHED).state_dict()
+    path = tmp_path / "a.safetensors"
+    save_file({k: v for k, v in state.items() if k != "denoisingUNet.out.2.bias"}, path)
+    assert "'denoisingUNet.out.2.bias' is missing" in line(path)
+    save_file(state | {"denoisingUNet.more": torch.ones(1)}, path)
+    assert "'denoisingUNet.more' does not belong there" in line(path)
+    save_file(state | {"denoisingUNet.out.2.bias": torch.ones(4)}, path)
+    assert "'denoisingUNet.out.2.bias' is [4] instead of [3]" in line(path)
+    save_file(state | {"denoisingUNet.out.2.bias": torch.tensor([0, float("nan"), 0])}, path)
+    assert "'denoisingUNet.out.2.bias' holds numbers that are not finite" in line(path)
+
+
+def test_damaged_metadata(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for text in ("{", "[]", "[" * 10**5):
+        save_file({"a": torch.ones(1)}, path, {checkpoints.META: text})
+        assert "metadata is no JSON" in line(path)
+
+
+def test_incomplete_head(tmp_path):
+    tensors, meta = checkpoints.read(checkpoints.ASSETS / "open_head.safetensors")
+    del tensors["shape_modes"]
+    save_file(tensors, tmp_path / "a.safetensors", meta)
+    assert "the open head is incomplete" in line(tmp_path / "a.safetensors", checkpoints.load_head)
