@@ -128,18 +128,6 @@ def vertex_normals(verts: Tensor, faces: Tensor) -> Tensor:
     return F.normalize(out, dim=-1, eps=1e-6)
 
 
-def _centres(n: int, side: int) -> Tensor:
-    """Pixel centres, [n]. pytorch3d counts them from the other end, and that moves the last bit."""
-    span = 2.0 if n <= side else torch.tensor(2.0 * n) / side
-    i = torch.arange(n - 1, -1, -1, dtype=torch.float32)
-    return -(-span / 2 + (span * i + span / 2) / n)
-
-
-def _edge(px, py, ax, ay, bx, by):
-    """Doubled signed area of the triangle p, a, b."""
-    return (px - ax) * (by - ay) - (py - ay) * (bx - ax)
-
-
 def _rasterize_torch(verts: Tensor, faces: Tensor, size: tuple[int, int], chunk: int = 0) -> Fragments:
     """Test each face against a window over its bounding box, faces with windows of like size at once.
 
@@ -150,101 +138,128 @@ def _rasterize_torch(verts: Tensor, faces: Tensor, size: tuple[int, int], chunk:
     b, f = len(verts), faces.shape[-2]
     dev = verts.device
     chunk = chunk or (1 << 16 if dev.type == "cpu" else 1 << 22)
-    cx, cy = _centres(w, min(h, w)), _centres(h, min(h, w))
-    # a vertex that is not finite drops its faces, as one at z = 0 does
-    verts = torch.where(torch.isfinite(verts).all(-1, keepdim=True), verts, 0.0)
+    centres = _centres(w, min(h, w)).to(dev), _centres(h, min(h, w)).to(dev)
     corner = corner_planes(verts, faces)
-    (x0, y0, z0), (x1, y1, z1), (x2, y2, z2) = (c.unbind() for c in corner)
-    area = _edge(x2, y2, x0, y0, x1, y1)
-    # added in double, then rounded; MPS has no double
-    area = area + EPS if dev.type == "mps" else (area.double() + EPS).float()
-    table = torch.cat([corner.reshape(9, -1), area[None]])
+    table = _table(corner)
+    windows, groups = _group(_cut(_windows(corner, table[6], centres, f)), chunk // 4)
 
-    left, cols = _span(x0, x1, x2, cx)
-    top, rows = _span(y0, y1, y2, cy)
-    # in float32, > 1e-8 is the same as >= 1e-8 in double for z
-    ok = (torch.minimum(torch.minimum(z0, z1), z2) > EPS) & (_edge(x0, y0, x1, y1, x2, y2).abs() > EPS)
-    face = (ok & (area != 0) & (rows > 0) & (cols > 0)).nonzero().squeeze(1)
-    start = face.div(max(f, 1), rounding_mode="floor") * (h * w)
-    windows = torch.stack([face, start, *(v.index_select(0, face) for v in (top, left, rows, cols))])
-    windows, groups = _group(_cut(windows), chunk // 4)
-    windows[1] += windows[2] * w + windows[3]
+    face, item, top, left, *_ = windows
+    windows[1] = (item * h + top) * w + left
 
-    key = torch.full((b * h * w + TILE * (w + 1),), EMPTY, dtype=torch.int64, device=dev)
-    sorted_table = table.index_select(1, windows[0])
-    cx, cy = (F.pad(c, (0, TILE)).to(dev) for c in (cx, cy))
+    # an empty pixel: depth 1e37 and the face before the item's first one
+    first = f * torch.arange(b, device=dev)
+    key = (first[:, None] + (EMPTY - 1)).expand(b, h * w).reshape(-1)
+    key = F.pad(key, (0, TILE * (w + 1)), value=EMPTY)
+    ordered = table.index_select(1, face)
+    padded = [F.pad(c, (0, TILE)) for c in centres]
     for begin, end, kr, kc in groups:
         step = max(1, chunk // (kr * kc))
         for a in range(begin, end, step):
             part = slice(a, min(a + step, end))
-            _draw(key, sorted_table[:, part], windows[:, part], kr, kc, w, cx, cy)
-    return _resolve(key[: b * h * w].reshape(b, h, w), table, f, cx, cy)
+            _draw(key, ordered[:, part], windows[:, part], (kr, kc), w, padded)
+    return _resolve(key[: b * h * w].reshape(b, h, w), table, first, centres)
 
 
-def _span(a: Tensor, b: Tensor, c: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """First pixel whose centre lies in [min, max] of a, b, c [N], and how many there are (<= 0: none)."""
+def _centres(n: int, side: int) -> Tensor:
+    """Pixel centres, [n]. pytorch3d counts them from the other end, and that moves the last bit."""
+    span = 2.0 if n <= side else torch.tensor(2.0 * n) / side
+    i = torch.arange(n - 1, -1, -1, dtype=torch.float32)
+    return -(-span / 2 + (span * i + span / 2) / n)
+
+
+def _table(corner: Tensor) -> Tensor:
+    """Rows of [16,N] per face; edge k lies opposite to corner k.
+
+    0-2 and 3-5 x and y of the edges' starts, 6 doubled area + 1e-8, 7-9 and 10-12 x and y of the edges, 13-15 z.
+    """
+    x, y, z = corner.unbind(1)
+    sx, sy = x[[1, 2, 0]], y[[1, 2, 0]]
+    dx, dy = x[[2, 0, 1]] - sx, y[[2, 0, 1]] - sy
+    area = (x[2] - x[0]) * dy[2] - (y[2] - y[0]) * dx[2]
+    # added in double, then rounded; MPS has no double
+    area = area + EPS if area.device.type == "mps" else (area.double() + EPS).float()
+    return torch.cat([sx, sy, area[None], dx, dy, z])
+
+
+def _windows(corner: Tensor, area: Tensor, centres: tuple[Tensor, Tensor], f: int) -> Tensor:
+    """The faces to draw and the pixels of their bounding boxes, [6,n]: face, item, top, left, rows, columns."""
+    low = torch.minimum(torch.minimum(corner[0], corner[1]), corner[2])
+    high = torch.maximum(torch.maximum(corner[0], corner[1]), corner[2])
+    (x0, y0), (x1, y1), (x2, y2) = corner[:, :2].unbind()
+    size = ((x0 - x1) * (y2 - y1) - (y0 - y1) * (x2 - x1)).abs()
+    side = min(map(len, centres))
+    (left, right), (top, bottom) = (_span(low[i], high[i], c, side) for i, c in enumerate(centres))
+    # z > 1e-8 in float32 is z >= 1e-8 in double; whatever is not finite fails
+    ok = (low[2] > EPS) & (size > EPS) & (size < FAR) & (area != 0) & (right > left) & (bottom > top)
+    face = ok.nonzero().squeeze(1)
+    top, left, bottom, right = torch.stack([top, left, bottom, right]).index_select(1, face)
+    item = face.div(max(f, 1), rounding_mode="floor")
+    return torch.stack([face, item, top, left, bottom - top, right - left])
+
+
+def _span(low: Tensor, high: Tensor, centres: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """First pixel whose centre is >= low and first whose centre is > high, both [N]."""
     n = len(centres)
-    low, high = torch.minimum(torch.minimum(a, b), c), torch.maximum(torch.maximum(a, b), c)
-    ends = torch.stack([low, high])
-    # a guess that is at most one off, then exact comparisons around it
-    half = n / (n - 1) * float(centres[-1]) if n > 1 else 1.0
-    guess = ((ends + half) * (n / 2 / half) - 0.5).round().clamp(0, n - 1).long()
-    padded = F.pad(F.pad(centres, (1, 0), value=-torch.inf), (0, 1), value=torch.inf).to(a.device)
-    first, last = guess - 1
-    for k in range(3):
-        near = padded[guess + k]
-        first, last = first + (near[0] < low), last + (near[1] <= high)
-    return first, last - first
+    half = max(n / side, 1.0)
+    # a guess that is right or one too small, then an exact comparison
+    at = torch.stack([low, high]).add_(half).mul_(n / 2 / half).sub_(0.51).nan_to_num_(0)
+    at[0].ceil_()
+    at[1].floor_().add_(1)
+    at = at.clamp_(0, n).long()
+    value = F.pad(centres, (0, 1), value=torch.inf).index_select(0, at.reshape(-1)).reshape(at.shape)
+    return at[0] + (value[0] < low), at[1] + (value[1] <= high)
 
 
 def _cut(windows: Tensor) -> Tensor:
     """Cut windows [6,N] into tiles of at most TILE x TILE, which bounds the memory of large faces."""
-    face, start, top, left, rows, cols = windows
-    ny, nx = ((v + TILE - 1).div(TILE, rounding_mode="floor") for v in (rows, cols))
+    face, item, top, left, rows, cols = windows
+    ny, nx = (v.add(TILE - 1).div(TILE, rounding_mode="floor") for v in (rows, cols))
     owner = torch.repeat_interleave(ny * nx)
     if len(owner) == len(face):
         return windows
-    face, start, top, left, rows, cols = windows.index_select(1, owner)
+    face, item, top, left, rows, cols = windows.index_select(1, owner)
     i = torch.arange(len(owner), device=owner.device) - ((ny * nx).cumsum(0) - ny * nx)[owner]
     y = i.div(nx[owner], rounding_mode="floor")
-    x = i - y * nx[owner]
-    y, x = y * TILE, x * TILE
+    x = (i - y * nx[owner]) * TILE
+    y = y * TILE
     return torch.stack(
-        [face, start, top + y, left + x, (rows - y).clamp_max(TILE), (cols - x).clamp_max(TILE)]
+        [face, item, top + y, left + x, (rows - y).clamp_max(TILE), (cols - x).clamp_max(TILE)]
     )
 
 
 def _group(windows: Tensor, cost: int) -> tuple[Tensor, list[tuple[int, int, int, int]]]:
-    """Sort windows [6,N] by size. Returns them and the groups: (begin, end, rows, cols).
+    """Sort windows [6,N] by size. Returns them and the groups: (begin, end, rows, columns).
 
     A group tests all of its windows at its largest size; cost: the pixels that one more group is worth.
     """
     n = TILE + 1
     code = windows[4] * n + windows[5]
-    count = torch.bincount(code, minlength=n * n).tolist()  # the host waits for the device here, once
-    cells = [(*divmod(i, n), c) for i, c in enumerate(count) if c]
+    count = torch.bincount(code, minlength=n * n).cpu()  # the loop over the groups runs on the host
+    used = count.nonzero().squeeze(1)
+    cells = [(*divmod(i, n), m) for i, m in zip(used.tolist(), count[used].tolist())]
     wide = _levels(((c, r * m) for r, c, m in cells), cost)
-    lookup, groups, begin = [0] * (n * n), [], 0
+    group_of, groups, begin = {}, [], 0
     for kc in sorted(set(wide.values())):
         inside = [cell for cell in cells if wide[cell[1]] == kc]
         high = _levels(((r, kc * m) for r, _, m in inside), cost)
         for kr in sorted(set(high.values())):
             members = [cell for cell in inside if high[cell[0]] == kr]
-            for r, c, _ in members:
-                lookup[r * n + c] = len(groups)
+            group_of.update(((r, c), len(groups)) for r, c, _ in members)
             end = begin + sum(m for *_, m in members)
             groups.append((begin, end, kr, kc))
             begin = end
-    order = torch.tensor(lookup, device=code.device)[code].argsort()
+    lookup = torch.zeros(n * n, dtype=torch.int64)
+    lookup[used] = torch.tensor([group_of[r, c] for r, c, _ in cells], dtype=torch.int64)
+    order = lookup.to(code.device).index_select(0, code).argsort()
     return windows.index_select(1, order), groups
 
 
 def _levels(sizes, cost: int) -> dict[int, int]:
-    """Round sizes up to few levels. sizes: (size, pixels added when it grows by one); cost: pixels a level costs."""
+    """Round sizes up to few levels. sizes: (size, pixels that one more in size adds); cost: pixels of a level."""
     weight: dict[int, int] = {}
     for size, pixels in sizes:
         weight[size] = weight.get(size, 0) + pixels
-    level, waste, levels = 0, cost, {}
+    level, waste, levels = 0, 0, {}
     for size in sorted(weight, reverse=True):
         waste += weight[size] * (level - size)
         if not levels or waste > cost:
@@ -253,75 +268,57 @@ def _levels(sizes, cost: int) -> dict[int, int]:
     return levels
 
 
-def _draw(
-    key: Tensor, table: Tensor, windows: Tensor, kr: int, kc: int, w: int, cx: Tensor, cy: Tensor
-) -> None:
-    """Test n faces, table [10,n], against windows of kr x kc pixels; keep the nearest of each pixel in key."""
-    # the longest axis is the innermost one: [kr,kc,n] for many faces, [n,kr,kc] for few
-    few = table.shape[1] < kc
-    if few:
-        table, windows = table[..., None], windows[..., None]
-    x0, y0, z0, x1, y1, z1, x2, y2, z2, area = table
-    face, start, top, left, rows, cols = windows
-    shape = (-1, 1) if not few else (1, -1)
-    i, j = (torch.arange(k, device=key.device).reshape(shape) for k in (kr, kc))
-    col, row = left + j, top + i
-    px = cx.index_select(0, col.reshape(-1)).reshape(col.shape)
-    py = cy.index_select(0, row.reshape(-1)).reshape(row.shape)
-    # an edge function is a part of the column less a part of the row; beyond the bounding box it must be negative
-    far = torch.copysign(torch.full_like(area, FAR), area)
-    ax = (
-        (px - x1) * (y2 - y1) - (j + 1 - cols).clamp_min(0) * far,
-        (px - x2) * (y0 - y2),
-        (px - x0) * (y1 - y0),
-    )
-    ay = (
-        (py - y1) * (x2 - x1) + (i + 1 - rows).clamp_min(0) * far,
-        (py - y2) * (x0 - x2),
-        (py - y0) * (x1 - x0),
-    )
-    rdim, cdim = (2, 1) if few else (1, 0)
-    if few:
-        z0, z1, z2, area, face, start = (v[..., None] for v in (z0, z1, z2, area, face, start))
-    w0, w1, w2 = ((c.unsqueeze(cdim) - r.unsqueeze(rdim)).div_(area) for c, r in zip(ax, ay))
-    least = torch.minimum(w0, w1)
-    least = torch.minimum(least, w2, out=least)
-    z = w0.mul_(z0).add_(w1.mul_(z1)).add_(w2.mul_(z2))
-    # a comparison into floats and a sum: selecting by a mask takes ten times as long on the CPU
-    z.add_(torch.le(least, 0, out=least), alpha=HIDDEN)
-    pixel = start + ((i * w).unsqueeze(rdim) + j.unsqueeze(cdim))
-    _keep_nearest(key, pixel, z, face, key.device.type != "mps")
+def _draw(key: Tensor, table: Tensor, windows: Tensor, shape: tuple[int, int], w: int, centres) -> None:
+    """Test n faces, table [16,n], against windows of one shape; keep the nearest of each pixel in key."""
+    # the longer axis goes innermost: [kr,kc,n] for many faces, [n,kr,kc] for few
+    few = table.shape[1] < shape[1]
+    axis = 2 if few else 1
+    t, (face, start, top, left, rows, cols) = table.unsqueeze(axis), windows.unsqueeze(axis)
+    i, j = (torch.arange(k, device=key.device).reshape((-1,) if few else (-1, 1)) for k in shape)
+    px, py = (c.index_select(0, p.reshape(-1)).reshape(p.shape) for c, p in zip(centres, (left + j, top + i)))
+    # an edge function is a part of the column less a part of the row
+    along_x, along_y = (px - t[0:3]) * t[10:13], (py - t[3:6]) * t[7:10]
+    # beyond the bounding box the first one becomes negative (selecting by a mask is slow on the CPU)
+    far = torch.copysign(torch.full_like(t[6], FAR), t[6])
+    along_x[0] -= (j + 1 - cols).clamp_min(0) * far
+    along_y[0] += (i + 1 - rows).clamp_min(0) * far
+    weight = (along_x.unsqueeze(axis) - along_y.unsqueeze(axis + 1)).div_(t[6].unsqueeze(axis - 1))
+    least = torch.minimum(weight[0], weight[1])
+    least = torch.minimum(least, weight[2], out=least)
+    z0, z1, z2 = weight.mul_(t[13:16].unsqueeze(axis))
+    z = z0.add_(z1).add_(z2).add_(torch.le(least, 0, out=least), alpha=HIDDEN)
+    pixel = start.unsqueeze(axis - 1) + (i.unsqueeze(1) * w + j)
+    _keep_nearest(key, pixel.reshape(-1), z, face.unsqueeze(axis - 1), key.device.type != "mps")
 
 
 def _keep_nearest(key: Tensor, pixel: Tensor, z: Tensor, face: Tensor, wide: bool) -> None:
-    """key[pixel] = min(key[pixel], (bits of z, face)). wide: the device has atomics of 64 bits."""
+    """key[pixel] = min(key[pixel], (bits of z, face)). wide: the device has 64-bit atomics."""
     if wide:
         new = z.view(torch.int32).long().bitwise_left_shift_(32).bitwise_or_(face)
-        key.scatter_reduce_(0, pixel.reshape(-1), new.reshape(-1), "amin")
+        key.scatter_reduce_(0, pixel, new.reshape(-1), "amin")
         return
-    pixel, face = pixel.reshape(-1), face.expand(z.shape).reshape(-1).int()
+    face = face.expand(z.shape).reshape(-1).int()
     old = (key >> 32).int()
     bits = old.view(torch.float32).scatter_reduce(0, pixel, z.reshape(-1), "amin").view(torch.int32)
     none = torch.iinfo(torch.int32).max
     winner = torch.where(bits < old, none, key.int())
-    first = torch.where(z.reshape(-1).view(torch.int32) == bits[pixel], face, none)
-    key.copy_((bits.long() << 32) | winner.scatter_reduce(0, pixel, first, "amin"))
+    face = torch.where(z.reshape(-1).view(torch.int32) == bits[pixel], face, none)
+    key.copy_((bits.long() << 32) | (winner.scatter_reduce(0, pixel, face, "amin").long() & 0xFFFFFFFF))
 
 
-def _resolve(key: Tensor, table: Tensor, f: int, cx: Tensor, cy: Tensor) -> Fragments:
-    """Fragments of the nearest faces, key [B,H,W]; barycentrics computed anew for the seen pixels."""
+def _resolve(key: Tensor, table: Tensor, first: Tensor, centres: tuple[Tensor, Tensor]) -> Fragments:
+    """Fragments of the nearest faces, key [B,H,W]; the barycentrics computed anew for the seen pixels."""
     b, h, w = key.shape
-    item, row, col = (key < EMPTY).nonzero().unbind(1)
-    pixel = (item * h + row) * w + col
-    key = key.reshape(-1).index_select(0, pixel)
-    face = key & 0xFFFFFFFF
-    x0, y0, _, x1, y1, _, x2, y2, _, area = table.index_select(1, face)
-    px, py = cx[col], cy[row]
-    edges = _edge(px, py, x1, y1, x2, y2), _edge(px, py, x2, y2, x0, y0), _edge(px, py, x0, y0, x1, y1)
-    values = torch.stack([*(e / area for e in edges), (key >> 32).int().view(torch.float32)])
-    planes = values.new_full((4, b * h * w), -1.0).index_copy_(1, pixel, values).reshape(4, b, h, w)
-    local = torch.full((b * h * w,), -1, device=key.device).index_copy_(0, pixel, face - item * f)
-    return Fragments(local.reshape(b, h, w), planes[3], planes[:3].permute(1, 2, 3, 0))
+    covered = key < EMPTY - 1
+    seen = covered.reshape(-1).nonzero().squeeze(1)
+    face = key.reshape(-1).index_select(0, seen) & 0xFFFFFFFF
+    t = table[:7].index_select(1, face)
+    px, py = (c.expand(b, h, w).reshape(-1).index_select(0, seen) for c in (centres[0], centres[1][:, None]))
+    sx, sy = t[0:3], t[3:6]
+    weight = ((px - sx) * (sy.roll(-1, 0) - sy) - (py - sy) * (sx.roll(-1, 0) - sx)) / t[6]
+    bary = weight.new_full((3, b * h * w), -1.0).index_copy_(1, seen, weight).reshape(3, b, h, w)
+    z = torch.where(covered, (key >> 32).int().view(torch.float32), -1.0)
+    return Fragments(key.int().long() - first[:, None, None], z, bary.permute(1, 2, 3, 0))
 
 
 def _has_pytorch3d() -> bool:
