@@ -24,6 +24,22 @@ SPACING = io.Combo.Input(
 )
 
 
+SEED = io.Int.Input(
+    "seed",
+    default=0,
+    min=0,
+    max=2**63 - 1,
+    control_after_generate=True,
+    tooltip="Seed of the random noise. Keep it fixed while you change the edit.",
+)
+
+
+def _random(seed, n, height, width):
+    """Noise [n,3,height,width], drawn on the CPU so that a seed means the same everywhere."""
+    noise = torch.randn(n, 3, height, width, generator=torch.Generator().manual_seed(seed))
+    return noise.to(host.device())
+
+
 def _schedule(steps, spacing):
     prefix = {"quad": "quad", "even": ""}.get(spacing)
     if prefix is None:
@@ -88,14 +104,13 @@ class DDIMInvert(io.ComfyNode):
             category="Face Rig/diffusion",
             description=(
                 "Finds the noise that the sampler turns back into the photo, so that an edit keeps its "
-                "details. Use the "
-                "conditioning of the unedited face here, and the same steps, solver and spacing at "
-                "Conditioned Sample."
+                "details. "
+                "Use the same steps, solver and spacing at Conditioned Sample."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="From Load DiffusionRig."),
-                io.Conditioning.Input("conditioning", tooltip="Of the unedited face."),
-                io.Image.Input("image", tooltip="The aligned photo."),
+                io.Conditioning.Input("conditioning", tooltip="Of the face under the photo's own light."),
+                io.Image.Input("image", tooltip="The aligned photo, or the moved one from Move Photo."),
                 STEPS,
                 io.Combo.Input(
                     "solver",
@@ -107,25 +122,42 @@ class DDIMInvert(io.ComfyNode):
                     ),
                 ),
                 SPACING,
+                SEED,
+                io.Mask.Input(
+                    "hidden",
+                    optional=True,
+                    tooltip="From Move Photo: where random noise is put in, to be painted new.",
+                ),
             ],
             outputs=[
-                io.Latent.Output(display_name="noise", tooltip="For Conditioned Sample only; not a picture.")
+                io.Latent.Output(display_name="noise", tooltip="For Conditioned Sample only; not a picture."),
+                io.Image.Output(
+                    display_name="before",
+                    tooltip="What the model makes of this noise without an edit: for Paste Back.",
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, model, conditioning, image, steps, solver, spacing):
+    def execute(cls, model, conditioning, image, steps, solver, spacing, seed, hidden=None):
         rig, condition = host.loaded_rig(model), host.condition(conditioning)
         x = host.repeat(host.pictures(image, "image"), len(condition), "image") * 2 - 1
-        parts = host.chunks(len(x), *x.shape[2:])
-        progress, schedule = host.Progress(steps * len(parts)), _schedule(steps, spacing)
-        noise = [
-            host.result(
-                samplers.invert(rig, x[p], condition[p], schedule, solver, callback=progress.callback)
-            )
-            for p in parts
-        ]
-        return io.NodeOutput(host.noise_latent(torch.cat(noise)))
+        n, height, width = len(x), *x.shape[2:]
+        fresh = _random(seed, 1, height, width)
+        where = torch.zeros(1, 1, 1, 1) if hidden is None else host.mask_pictures(hidden, "hidden", height)
+        where = host.repeat(where, n, "hidden").to(x)
+        parts = host.chunks(n, height, width)
+        progress, schedule = host.Progress(2 * steps * len(parts)), _schedule(steps, spacing)
+        step, noise, before = progress.callback, [], []
+        for p in parts:
+            x_T = samplers.invert(rig, x[p], condition[p], schedule, solver, callback=step)
+            noise.append(pipeline.variance_mix(x_T, fresh, where[p]))
+            back = samplers.sample(rig, noise[-1], condition[p], schedule, solver, callback=step)
+            before.append(host.image(back * 0.5 + 0.5))
+        before = torch.cat(before)
+        return io.NodeOutput(
+            host.noise_latent(torch.cat(noise)), before, ui=ui.PreviewImage(before[:4], cls=cls)
+        )
 
 
 class ConditionedSample(io.ComfyNode):
@@ -142,14 +174,7 @@ class ConditionedSample(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="From Load DiffusionRig."),
                 io.Conditioning.Input("conditioning", tooltip="From DiffusionRig Condition."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=True,
-                    tooltip="Seed of the random noise. Keep it fixed while you change the edit.",
-                ),
+                SEED,
                 STEPS,
                 io.Combo.Input(
                     "solver",
@@ -173,45 +198,26 @@ class ConditionedSample(io.ComfyNode):
                     optional=True,
                     tooltip="From DDIM Invert: keeps the photo's details, in place of random noise.",
                 ),
-                io.Mask.Input(
-                    "hidden",
-                    optional=True,
-                    tooltip="From Move Photo: where 'noise' gives way to random noise, to be painted new.",
-                ),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The aligned faces, painted anew.")],
         )
 
     @classmethod
-    def execute(cls, model, conditioning, seed, steps, solver, spacing, same_noise, noise=None, hidden=None):
+    def execute(cls, model, conditioning, seed, steps, solver, spacing, same_noise, noise=None):
         rig, condition = host.loaded_rig(model), host.condition(conditioning)
         n, height, width = len(condition), *condition.physical.shape[2:]
-        generator = torch.Generator().manual_seed(seed)
-        x_T = torch.randn(1 if same_noise else n, 3, height, width, generator=generator).to(host.device())
-        if noise is not None:
-            kept = host.repeat(host.noise(noise), n, "noise").to(x_T)
-            where = (
-                torch.zeros(1, 1, 1, 1) if hidden is None else host.mask_pictures(hidden, "hidden", height)
-            )
-            x_T = pipeline.variance_mix(kept, x_T, host.repeat(where, n, "hidden").to(x_T))
-        x_T = host.repeat(x_T, n, "noise")
+        start = (
+            host.noise(noise) if noise is not None else _random(seed, 1 if same_noise else n, height, width)
+        )
+        x_T = host.repeat(start, n, "noise").to(host.device())
+        generator = torch.Generator().manual_seed(seed + 1)  # of the steps of ddpm
         parts = host.chunks(n, height, width)
         progress, schedule = host.Progress(steps * len(parts)), _schedule(steps, spacing)
-        made = [
-            host.image(
-                samplers.sample(
-                    rig,
-                    x_T[p],
-                    condition[p],
-                    schedule,
-                    solver,
-                    generator=generator,
-                    callback=progress.callback,
-                )
-                * 0.5
-                + 0.5
+        made = []
+        for p in parts:
+            x = samplers.sample(
+                rig, x_T[p], condition[p], schedule, solver, generator=generator, callback=progress.callback
             )
-            for p in parts
-        ]
+            made.append(host.image(x * 0.5 + 0.5))
         out = torch.cat(made)
         return io.NodeOutput(out, ui=ui.PreviewImage(out[:4], cls=cls))

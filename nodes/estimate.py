@@ -3,7 +3,7 @@
 import torch
 from comfy_api.latest import io, ui
 
-from ..rig_core import align, buffers
+from ..rig_core import align, buffers, pipeline
 from ..rig_core.estimators import landmark_fit, locate
 from ..rig_core.face import cat
 from . import host, sockets
@@ -156,8 +156,7 @@ class PasteBack(io.ComfyNode):
             category="Face Rig/estimate",
             description=(
                 "Carries the edit of an aligned face into the photo at the photo's own resolution. Pixels "
-                "outside the "
-                "face stay exactly as they were."
+                "outside the aligned square stay exactly as they were."
             ),
             inputs=[
                 io.Image.Input("photo", tooltip="The photo that Align Face was given."),
@@ -168,9 +167,9 @@ class PasteBack(io.ComfyNode):
                     options=MODES,
                     default="ratio",
                     tooltip=(
-                        "ratio: the photo times the change of light, sharp at any size; for relighting. "
-                        "difference: the "
-                        "change is added. replace: the aligned face itself, for a new pose or expression."
+                        "ratio: the photo times the change of light, sharp at any size. difference: the "
+                        "change "
+                        "is added. replace: the aligned face itself. With 'motion' it is always ratio."
                     ),
                 ),
                 io.Float.Input(
@@ -185,10 +184,14 @@ class PasteBack(io.ComfyNode):
                     "before",
                     optional=True,
                     tooltip=(
-                        "What the denoiser makes of the unedited face: its own errors then cancel out. "
-                        "Without it the "
-                        "photo itself is compared with."
+                        "What the model makes of the unedited face, from DDIM Invert: its own errors then "
+                        "cancel out. Without it the photo itself is compared with."
                     ),
+                ),
+                sockets.FaceMotion.Input(
+                    "motion",
+                    optional=True,
+                    tooltip="From Move Photo, when pose or expression were edited; needs 'before'.",
                 ),
                 io.Mask.Input(
                     "mask",
@@ -200,27 +203,27 @@ class PasteBack(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, photo, edited, crop, mode, soft, before=None, mask=None):
+    def execute(cls, photo, edited, crop, mode, soft, before=None, motion=None, mask=None):
         new = host.pictures(edited, "edited")
         n, size = len(new), new.shape[-1]
-        x = host.repeat(host.pictures(photo, "photo"), n, "photo")
-        before = (
-            [None] * n
-            if before is None
-            else host.repeat(host.pictures(before, "before"), n, "before").split(1)
-        )
-        mask = (
-            [None] * n
-            if mask is None
-            else host.repeat(host.mask_pictures(mask, "mask", size), n, "mask").split(1)
-        )
-        where, found = host.repeat(crop.crop, n, "crop").resized(size), crop.found.expand(n)
-        out = [
-            host.image(
-                align.paste_back(x[i : i + 1], new[i : i + 1], where[i], mask[i], before[i], mode, soft)
-                if found[i]
-                else x[i : i + 1]
-            )
-            for i in range(n)
-        ]
+        if motion is not None and (before is None or mask is not None):
+            raise ValueError("'motion' needs 'before' (from DDIM Invert) and takes no 'mask'")
+
+        def each(x, name):
+            return [None] * n if x is None else host.repeat(x, n, name).split(1)
+
+        photos = each(host.pictures(photo, "photo"), "photo")
+        before = each(None if before is None else host.pictures(before, "before"), "before")
+        mask = each(None if mask is None else host.mask_pictures(mask, "mask", size), "mask")
+        motion = each(None if motion is None else motion.to(host.device()), "motion")
+        crops, found = host.repeat(crop.crop, n, "crop").resized(size), crop.found.expand(n)
+        out = []
+        for i, x in enumerate(photos):
+            face = new[i : i + 1]
+            if found[i] and motion[i] is not None:
+                portrait = pipeline.Portrait(face, crops[i], None)
+                x = pipeline.paste(x, portrait, pipeline.Edit(face, before[i], motion[i]))
+            elif found[i]:
+                x = align.paste_back(x, face, crops[i], mask[i], before[i], mode, soft)
+            out.append(host.image(x))
         return io.NodeOutput(torch.cat(out))

@@ -112,7 +112,11 @@ class MovePhoto(io.ComfyNode):
                 ),
                 io.Mask.Output(
                     display_name="hidden",
-                    tooltip="White where the photo did not show the head: for Conditioned Sample.",
+                    tooltip="White where the photo did not show the head: for DDIM Invert.",
+                ),
+                sockets.FaceMotion.Output(
+                    display_name="motion",
+                    tooltip="The move itself: Paste Back repeats it at full resolution.",
                 ),
             ],
         )
@@ -130,4 +134,4 @@ class MovePhoto(io.ComfyNode):
             )
         grid, hidden = warp.flow(host.head(face_model), source, target)
         out = host.image(warp.apply(host.repeat(x, n, "image"), grid))
-        return io.NodeOutput(out, host.mask(hidden), ui=ui.PreviewImage(out[:4], cls=cls))
+        return io.NodeOutput(out, host.mask(hidden), host.result(grid), ui=ui.PreviewImage(out[:4], cls=cls))

@@ -4,6 +4,7 @@ FACE_MODEL      head model (rig_core.heads.HeadModel)
 FACE_CODE       rig_core.face.FaceCode, B faces of one picture size
 FACE_LANDMARKS  [B,68,2] float, pixels of the picture they were found in
 FACE_CROP       Aligned: where the aligned faces were
+FACE_MOTION     [B,s,s,2], where each pixel of an edited picture comes from (rig_core.warp.flow)
 FACE_BUFFERS    rig_core.face.Buffers
 SH_LIGHT        [B,9,3], spherical harmonics in DECA's basis
 """
@@ -27,5 +28,6 @@ FaceModel = io.Custom("FACE_MODEL")
 FaceCode = io.Custom("FACE_CODE")
 FaceLandmarks = io.Custom("FACE_LANDMARKS")
 FaceCrop = io.Custom("FACE_CROP")
+FaceMotion = io.Custom("FACE_MOTION")
 FaceBuffers = io.Custom("FACE_BUFFERS")
 SHLight = io.Custom("SH_LIGHT")

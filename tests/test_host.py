@@ -139,6 +139,7 @@ def without_inversion(graph: dict, file: str) -> dict:
     """The workflow from random noise, with a model file."""
     of_type(graph, "FaceRig_LoadDiffusionRig")["inputs"]["file"] = file
     del of_type(graph, "FaceRig_ConditionedSample")["inputs"]["noise"]
+    del of_type(graph, "FaceRig_PasteBack")["inputs"]["before"]
     return {k: n for k, n in graph.items() if n["class_type"] != "FaceRig_DDIMInvert"}
 
 
@@ -258,7 +259,7 @@ def test_a_photo_is_turned_and_smiles(host, graph):
     moved = {"face_model": head, "image": image, "source": [fit, 0], "target": ["200", 0]}
     graph["201"] = {"class_type": "FaceRig_MovePhoto", "inputs": moved}
     of_type(graph, "FaceRig_DDIMInvert")["inputs"]["image"] = ["201", 0]
-    of_type(graph, "FaceRig_ConditionedSample")["inputs"]["hidden"] = ["201", 1]
-    of_type(graph, "FaceRig_PasteBack")["inputs"]["mode"] = "replace"
+    of_type(graph, "FaceRig_DDIMInvert")["inputs"]["hidden"] = ["201", 1]
+    of_type(graph, "FaceRig_PasteBack")["inputs"]["motion"] = ["201", 2]
     ok, messages, _ = host.run(graph)
     assert ok, messages[-1]

@@ -389,25 +389,21 @@ def test_interrupt_stops_within_a_step(pack, model, conditioned):
 def test_inversion_and_sampling_are_the_cores(pack, model, conditioned, face):
     core, rig = pack.core, model.model.diffusion_model.rig
     condition = pack.nodes_module.host.condition(conditioned)
-    schedule = core.diffusion.respace(core.diffusion.linear_schedule(), "quad6")
+    schedule = core.diffusion.respace(core.diffusion.linear_schedule(), "quad3")
     photo = face[0].permute(0, 3, 1, 2) * 2 - 1
     x_T = core.samplers.invert(rig, photo, condition, schedule, "heun")
-    how = {"steps": 6, "solver": "heun", "spacing": "quad"}
-    noise = pack.run("DDIMInvert", model=model, conditioning=conditioned, image=face[0], **how)[0]
+    how = {"model": model, "conditioning": conditioned, "steps": 3, "solver": "heun", "spacing": "quad"}
+    noise, before = pack.run("DDIMInvert", image=face[0], **how)
     torch.testing.assert_close(noise["samples"], x_T, atol=1e-4, rtol=1e-4)
     want = core.samplers.sample(rig, x_T, condition, schedule, "heun").clamp(-1, 1) / 2 + 0.5
-    back = pack.run("ConditionedSample", model=model, conditioning=conditioned, noise=noise, **how)[0]
-    torch.testing.assert_close(back, want.permute(0, 2, 3, 1), atol=1e-3, rtol=0)
-    even = pack.run(
-        "ConditionedSample", model=model, conditioning=conditioned, noise=noise, steps=6, spacing="even"
-    )[0]
+    torch.testing.assert_close(before, want.permute(0, 2, 3, 1), atol=1e-3, rtol=0)
+    back = pack.run("ConditionedSample", noise=noise, **how)[0]
+    torch.testing.assert_close(back, before, atol=1e-3, rtol=0)
+    even = pack.run("ConditionedSample", noise=noise, **{**how, "spacing": "even"})[0]
     assert (even - back).abs().max() > 0.01
-    anew = pack.run("ConditionedSample", model=model, conditioning=conditioned, seed=3, **how)[0]
-    mask = torch.ones(1, 96, 96)
-    hidden = pack.run(
-        "ConditionedSample", model=model, conditioning=conditioned, noise=noise, hidden=mask, seed=3, **how
-    )
-    torch.testing.assert_close(hidden[0], anew, atol=1e-3, rtol=0)
+    anew = pack.run("ConditionedSample", seed=3, **how)[0]
+    noise, before = pack.run("DDIMInvert", image=face[0], hidden=torch.ones(1, 96, 96), seed=3, **how)
+    torch.testing.assert_close(before, anew, atol=1e-3, rtol=0)  # all hidden: all random
 
 
 def test_one_photo_under_several_lights_is_a_batch(pack, head, model, face):
@@ -425,13 +421,20 @@ def test_one_photo_under_several_lights_is_a_batch(pack, head, model, face):
     )  # the same noise for all, and no picture is lost
 
 
-def test_move_photo_without_an_edit_changes_nothing_and_a_turn_hides_a_cheek(pack, head, face):
+def test_move_photo_without_an_edit_changes_nothing_and_a_turn_hides_a_cheek(pack, head, scene, face):
     image, _, _, code = face
-    moved, hidden = pack.run("MovePhoto", face_model=head, image=image, source=code, target=code)
+    moved, hidden, _ = pack.run("MovePhoto", face_model=head, image=image, source=code, target=code)
     assert psnr(moved, image) > 40 and hidden.max() < 0.05
     turned = pack.run("EditFace", face_model=head, face_code=code, yaw=25.0)[0]
-    moved, hidden = pack.run("MovePhoto", face_model=head, image=image, source=code, target=turned)
+    moved, hidden, motion = pack.run("MovePhoto", face_model=head, image=image, source=code, target=turned)
     assert (moved - image).abs().mean() > 0.01 and 0 < hidden.mean() < 0.3
+    photo, crop = scene[0], face[1]
+    out = pack.run("PasteBack", photo=photo, edited=moved, before=moved, crop=crop, motion=motion)[0]
+    at_crop = pack.run("AlignFace", photo=out, size=SIZE, landmarks=scene[1])[0]
+    middle = slice(SIZE // 4, -SIZE // 4)
+    assert psnr(at_crop[:, middle, middle], moved[:, middle, middle]) > 28  # the photo itself has turned
+    with pytest.raises(ValueError, match="'motion' needs 'before'"):
+        pack.run("PasteBack", photo=photo, edited=moved, crop=crop, motion=motion)
 
 
 def test_paste_back_without_an_edit_is_the_photo_bit_for_bit(pack, scene, face):
