@@ -1,7 +1,8 @@
 """Synthetic portraits with exact ground truth: `python -m training.synth --out DIR --count N`.
 
-Rendered from the open head in linear light with what Lambertian buffers lack: area lights with soft cast shadows and
-sky occlusion, skin gloss, relief and scatter, wet eyes, hair, beards, glasses, clothes, backdrops, and a camera.
+Rendered from the open head in linear light with what Lambertian buffers lack: area lights with soft cast
+shadows and sky occlusion, skin gloss, relief and scatter, wet eyes, hair, beards, glasses, clothes, backdrops,
+and a camera.
 Every part has its own seed, so the same person can be had under another light, in another pose, elsewhere.
 """
 
@@ -20,13 +21,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from rig_core import buffers, data, raster, sh
+from rig_core import buffers, data, sh
 from rig_core.face import Batch, FaceCode, axis_angle_to_matrix, cat, matrix_to_axis_angle
 
 from . import synth_camera as lens
 from . import synth_light as light_
 from . import synth_look as look
 from . import synth_mesh as mesh
+from . import synth_pixels as pixels
 from . import synth_scene as scene_
 
 SUPERSAMPLE = 2
@@ -95,18 +97,55 @@ def _portrait(seeds: tuple[int, ...], size: int, device) -> SynthBatch:
     """One portrait from the seeds of person, pose, light, scene and camera."""
     t = mesh.template(str(device))
     head = t.head
-    person = scene_.stack(scene_.Person, [scene_.sample_person(seeds[0], head.sizes)]).to(device)
-    pose = scene_.stack(
-        scene_.Pose, [scene_.sample_pose(seeds[1], head.expression_names, head.expressions)]
-    ).to(device)
-    lights = scene_.stack(light_.Lights, [scene_.sample_light(seeds[2])]).to(device)
-    scene = scene_.stack(scene_.Scene, [lens.sample_scene(seeds[3])]).to(device)
-    camera = scene_.stack(scene_.Camera, [lens.sample_camera(seeds[4])]).to(device)
+    drawn = (
+        (scene_.Person, scene_.sample_person(seeds[0], head.sizes)),
+        (scene_.Pose, scene_.sample_pose(seeds[1], head.expression_names, head.expressions)),
+        (light_.Lights, scene_.sample_light(seeds[2])),
+        (scene_.Scene, lens.sample_scene(seeds[3])),
+        (scene_.Camera, lens.sample_camera(seeds[4])),
+    )
+    person, pose, lights, scene, camera = (scene_.stack(cls, [d]).to(device) for cls, d in drawn)
     texture = head.albedo(person.tex)
     person = replace(person, hair_colour=_hair_colour(t, texture, person))
     code, marks = frame(head, person, pose, camera, size)
     m = mesh.assemble(t, person, code.shape, code.exp, code.pose)
-    return _shade(t, m, code, marks, texture, person, lights, scene, camera, size, _smile(head, code))
+    stage = pixels.stage(t, m, code, person, scene, lights, size * SUPERSAMPLE)
+    solid = pixels.solid(stage, texture, _smile(head, code))
+    return _compose(stage, solid, texture, lights, camera, marks, size)
+
+
+def _compose(s: pixels.Stage, solid: pixels.Solid, texture, lights, camera, marks, size: int) -> SynthBatch:
+    """Expose, put the hair over the rest and that over the backdrop, develop, and gather the truth."""
+    t, index = s.template, solid.part.index
+    is_skin, is_cloth = solid.material == mesh.SKIN, solid.material == mesh.CLOTH
+    face = is_skin & t.face_region[solid.part.face]
+    gain = pixels.exposure(solid.light[face], look.bare_skin(texture, t.cheek_map), camera)
+    is_head = (solid.material != mesh.CLOTH) & (solid.material != mesh.FRAME)
+    kinds = torch.stack([is_head, is_skin, is_cloth, torch.ones_like(is_skin)], 1).float()
+    values = torch.cat([solid.radiance * gain, kinds, solid.lamps * kinds[:, 1:2]], 1)
+    radiance, kinds, lamps = pixels.scatter(index, values, s.side).split([3, 4, 2], 1)
+    backdrop = F.interpolate(s.scene.background, (s.side, s.side), mode="bicubic", align_corners=False)
+    backdrop = backdrop.clamp_min(0) * (camera.white[0] * 2 ** camera.exposure[0])[:, None, None]
+    fibres, hair = pixels.hair(s, solid.part)
+    radiance = radiance + backdrop * (1 - kinds[:, 3:])
+    radiance = radiance * (1 - hair) + fibres * gain[:, None, None] * hair
+    bare = 1 - hair  # lamps and kinds are counted where the hair lets them be seen
+    kinds = torch.cat([kinds[:, :1], kinds[:, 1:3] * bare, (1 - kinds[:, 3:]) * bare, hair, lamps * bare], 1)
+    head, skin, cloth, background, hair, lit, free = F.avg_pool2d(kinds, SUPERSAMPLE).split(1, 1)
+    shadow = torch.where(free > 1e-3, 1 - lit / free.clamp_min(1e-3), torch.zeros_like(free))
+    return SynthBatch(
+        image=lens.develop(radiance, camera),
+        code=s.code.replace(light=sh.encode_light(light_.irradiance_sh(lights) * gain)),
+        landmarks=buffers.to_pixels(buffers.to_image(marks, s.code), (size, size)),
+        head=head,
+        skin=skin,
+        hair=hair,
+        cloth=cloth,
+        background=background,
+        shadow=shadow.clamp(0, 1),
+        cast=(1 - lit.sum() / free.sum().clamp_min(1e-6)).clamp(0, 1).reshape(1),
+        key=lights.key,
+    )
 
 
 def _hair_colour(t, texture: Tensor, person) -> Tensor:
@@ -157,178 +196,6 @@ def frame(head, person, pose, camera, size: int) -> tuple[FaceCode, Tensor]:
         shape=person.shape, tex=person.tex, exp=pose.exp, pose=p, cam=torch.cat([scale[:, None], offset], 1)
     )
     return code, marks
-
-
-# --- one portrait's pixels -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The covered pixels of one rasterised mesh: index [N] into the picture, depth [N], values [N,D] of the vertices."""
-
-    index: Tensor
-    depth: Tensor
-    values: Tensor
-    fragments: raster.Fragments
-
-
-def layer(points: Tensor, faces: Tensor, values: Tensor, side: int) -> Layer:
-    """points [1,V,3] image space, faces [F,3] or [1,F,3], values [1,V,D]."""
-    f = raster.rasterize(points + points.new_tensor([0, 0, buffers.DEPTH_OFFSET]), faces, (side, side))
-    index = (f.pix_to_face.reshape(-1) >= 0).nonzero()[:, 0]
-    face = f.pix_to_face.reshape(-1)[index]
-    corner = faces.reshape(-1, 3)[face]
-    weight = f.bary.reshape(-1, 3)[index]
-    weight = weight / weight.sum(1, keepdim=True).clamp_min(1e-6)
-    v = (values[0][corner] * weight[..., None]).sum(1)
-    return Layer(index, f.zbuf.reshape(-1)[index], v, f)
-
-
-def _scatter(index: Tensor, values: Tensor, side: int) -> Tensor:
-    """[N,D] -> picture [1,D,side,side], 0 elsewhere."""
-    out = values.new_zeros(side * side, values.shape[1])
-    return out.index_copy(0, index, values).T.reshape(1, -1, side, side)
-
-
-def _relief(index: Tensor, height: Tensor, keep: Tensor, side: int, slope: float) -> Tensor:
-    """Tilt [N,3] of the normals by a height [N] seen in the picture; nothing at the borders of `keep`."""
-    h = _scatter(index, torch.stack([height, keep.float()], 1), side)
-    dx = h[..., 2:] - h[..., :-2]
-    dy = h[..., 2:, :] - h[..., :-2, :]
-    gx = F.pad(dx[:, :1] * (dx[:, 1:] == 0), (1, 1))
-    gy = F.pad(dy[:, :1] * (dy[:, 1:] == 0), (0, 0, 1, 1))
-    g = torch.cat([-gx, gy, torch.zeros_like(gx)], 1) * (slope / 2)
-    return g.reshape(3, -1).T[index] * keep[:, None]
-
-
-def _sky_at_vertices(m: mesh.Meshes, verts, normals, lights, maps) -> Tensor:
-    """Diffuse light of the surroundings at vertices, with occlusion [1,V,3]."""
-    sky = light_.Lights(lights.direction[:, light_.AREA :], lights.colour[:, light_.AREA :], lights.key)
-    seen = light_.visibility(maps, verts, normals)
-    lit, _ = light_.diffuse(normals, sky, seen, torch.zeros_like(verts))
-    return lit
-
-
-def _shade(t, m, code, marks, texture, person, lights, scene, camera, size, smile) -> SynthBatch:
-    side = size * SUPERSAMPLE
-    lamps = light_.Lights(lights.direction[:, : light_.AREA], lights.colour[:, : light_.AREA], lights.key)
-    fine = light_.shadow_maps(m.caster, m.caster_faces, lamps.direction, 112, m.scope)
-    rough = light_.shadow_maps(m.caster, m.caster_faces, lights.direction[:, light_.AREA :], 48, m.scope)
-
-    # everything but hair
-    sky = _sky_at_vertices(m, m.verts, m.normals, lights, rough)
-    values = torch.cat([m.verts, m.normals, m.q, sky, t.lash.expand(1, -1)[..., None]], -1)
-    a = layer(buffers.to_image(m.verts, code), t.faces, values, side)
-    face = a.fragments.pix_to_face.reshape(-1)[a.index]
-    material = t.face_material[face]
-    point, normal, q, sky, lash = a.values.split([3, 3, 3, 3, 1], 1)
-    normal = F.normalize(normal, dim=-1)
-    colour, maps = _texture(t, texture, a, face)
-    bare = look.bare_skin(texture, t.cheek_map)
-    s = look.opaque(material, q, colour, maps, lash[:, 0], person, scene, bare, smile)
-    pixel = 2 / (side * float(code.cam[0, 0]) * t.unit)  # eye distances
-    tilt = _relief(a.index, s.relief, material == mesh.SKIN, side, 1 / pixel)
-    bumped = F.normalize(normal + tilt, dim=-1)[None]
-    seen = light_.visibility(fine, point[None], normal[None])
-    lit, free = light_.diffuse(bumped, lamps, seen, s.wrap[None])
-    gloss = light_.specular(bumped, lamps, seen, s.rough[None], s.f0[None])
-    sky = sky * s.occlusion[:, None]
-    lit, free = lit[0] * s.occlusion[:, None], free[0] * s.occlusion[:, None]
-    sheen = sky * (s.f0 * 0.8 + 0.25 * s.f0.sqrt() * (1 - bumped[0, :, 2]).clamp(0, 1) ** 4)[:, None]
-    radiance = s.albedo * (lit + sky) + gloss[0] + sheen
-
-    gain = _exposure(lit + sky, (material == mesh.SKIN) & (t.face_region[face]), bare, camera)
-    radiance = _scatter(a.index, radiance * gain, side)
-    weights = torch.tensor(sh.LUMINANCE, device=radiance.device)
-    kinds = torch.stack([material < mesh.CLOTH, material == mesh.SKIN, material == mesh.CLOTH], 1).float()
-    image = torch.cat(
-        [
-            radiance,
-            _scatter(
-                a.index,
-                torch.cat(
-                    [kinds, torch.stack([lit @ weights, free @ weights], 1), torch.ones_like(kinds[:, :1])], 1
-                ),
-                side,
-            ),
-        ],
-        1,
-    )
-    backdrop = F.interpolate(scene.background, (side, side), mode="bicubic", align_corners=False).clamp_min(0)
-    backdrop = backdrop * (camera.white[0] * 2 ** camera.exposure[0])[:, None, None]
-    rgb = image[:, :3] + backdrop * (1 - image[:, 8:])
-    rgb, hair = _hair_over(t, m, code, person, lights, fine, rough, rgb, a, gain, side)
-
-    small = F.avg_pool2d(torch.cat([image[:, 3:], hair], 1), SUPERSAMPLE)
-    head, skin, cloth, lit, free, cover, hair = small.split(1, 1)
-    visible = image[:, 4:5] * (1 - _up(hair, side))
-    blocked = (
-        1 - (image[:, 6:7] * image[:, 4:5]).sum() / (image[:, 7:8] * image[:, 4:5]).sum().clamp_min(1e-6)
-    ).reshape(1)
-    linear_light = light_.irradiance_sh(lights) * gain
-    return SynthBatch(
-        image=lens.develop(rgb, camera),
-        code=code.replace(light=sh.encode_light(linear_light)),
-        landmarks=buffers.to_pixels(buffers.to_image(marks, code), (size, size)),
-        head=head,
-        skin=skin * (1 - hair),
-        hair=hair,
-        cloth=cloth * (1 - hair),
-        background=(1 - cover) * (1 - hair),
-        shadow=((1 - lit / free.clamp_min(1e-4)) * (free > 1e-3)).clamp(0, 1) * skin,
-        cast=blocked.clamp(0, 1),
-        key=lights.key,
-    )
-
-
-def _up(x: Tensor, side: int) -> Tensor:
-    return F.interpolate(x, (side, side), mode="nearest")
-
-
-def _texture(t, texture: Tensor, a: Layer, face: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The head's albedo [N,3] (linear) and its region maps at the pixels; 0 off the head."""
-    corner = t.face_uv[face]  # [N,3,2]
-    weight = a.fragments.bary.reshape(-1, 3)[a.index]
-    uv = (corner * weight[..., None]).sum(1)
-    grid = torch.stack([uv[:, 0] * 2 - 1, 1 - uv[:, 1] * 2], -1)[None, None]
-    x = F.grid_sample(torch.cat([texture, t.maps], 1), grid, align_corners=False)[0, :, 0].T
-    return scene_.linear(x[:, :3]), dict(zip(mesh.MAPS, x[:, 3:].unbind(1)))
-
-
-def _exposure(light: Tensor, face: Tensor, bare: Tensor, camera) -> Tensor:
-    """Gain [3] that exposes the face: its brightest parts near 1, one power mean for flat and hard light alike.
-
-    Dark skin gets up to half a stop more, as a photographer opens up for it; bare [3] is the skin's colour.
-    """
-    y = light[face] @ torch.tensor(sh.LUMINANCE, device=light.device)
-    level = (y**4).mean() ** 0.25 if len(y) else light.new_tensor(1.0)
-    more = 0.5 * (1 - bare.mean() / 0.35).clamp(0, 1)
-    return 0.85 / level.clamp_min(1e-3) * 2 ** (camera.exposure[0] + more) * camera.white[0]
-
-
-def _hair_over(
-    t, m, code, person, lights, fine, rough, rgb, below: Layer, gain, side
-) -> tuple[Tensor, Tensor]:
-    """Composite the hair: picture [1,3,side,side] and opacity [1,1,side,side]."""
-    sky = _sky_at_vertices(m, m.hair, m.hair_normals, lights, rough)
-    values = torch.cat([m.hair, m.hair_normals, m.hair_q, sky, m.hanging, m.beard[..., None]], -1)
-    h = layer(buffers.to_image(m.hair, code), m.hair_faces, values, side)
-    depth = torch.full((side * side,), 1e3, device=rgb.device).index_copy(0, below.index, below.depth)
-    near = h.depth < depth[h.index] + 0.02 * t.unit * code.cam[0, 0]
-    keep = near.nonzero()[:, 0]
-    index = h.index[keep]
-    point, normal, q, sky, hanging, beard = h.values[keep].split([3, 3, 3, 3, 3, 1], 1)
-    normal = F.normalize(normal, dim=-1)
-    normal = torch.where(normal[:, 2:] < 0, -normal, normal)
-    s = look.hair(q, hanging, beard[:, 0], normal[:, 2], person)
-    tangent = s.tangent @ m.turn[0].T
-    tangent = F.normalize(tangent - (tangent * normal).sum(-1, keepdim=True) * normal, dim=-1)[None]
-    lamps = light_.Lights(lights.direction[:, : light_.AREA], lights.colour[:, : light_.AREA], lights.key)
-    seen = light_.visibility(fine, point[None], normal[None], 0.02)
-    soft, shine = light_.strands(tangent, normal[None], lamps, seen, s.gloss[None])
-    radiance = s.albedo * (soft[0] + sky) + s.shine * shine[0]
-    alpha = _scatter(index, s.alpha[:, None], side)
-    return rgb * (1 - alpha) + _scatter(index, radiance * gain, side) * alpha, alpha
 
 
 # --- command line ----------------------------------------------------------------------------------------------

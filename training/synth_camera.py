@@ -138,7 +138,7 @@ def sample_camera(seed: int) -> dict:
         exposure=0.28 * n[4].clamp(-2, 2).item(),
         white=warmth(0.12 * n[5].clamp(-2, 2).item()),
         contrast=d.uniform(-0.2, 0.45),
-        blur=d.uniform(0.3, 0.9) * d.chance(0.5),
+        blur=d.uniform(0.25, 0.7) * d.chance(0.5),
         noise=d.uniform(0.0, 0.014) if d.chance(0.7) else d.uniform(0.01, 0.03),
         jpeg=d.uniform(0.3, 1.6) * d.chance(0.6),
         sensor=float(d.uniform(0, 2**23)),

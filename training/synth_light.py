@@ -102,7 +102,7 @@ def shadow_maps(
     return ShadowMaps(z.reshape(b, n, size, size), frames, centre, radius)
 
 
-def visibility(maps: ShadowMaps, points: Tensor, normals: Tensor, bias: float = 0.012) -> Tensor:
+def visibility(maps: ShadowMaps, points: Tensor, normals: Tensor, bias: float = 0.016) -> Tensor:
     """How much each point [B,N,3] sees of each direction: [B,L,N], 0 shadowed to 1 lit.
 
     Percentage-closer filtering over the 2x2 nearest texels; points are pushed out along their normals

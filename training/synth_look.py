@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .synth_mesh import AXIS, CLOTH, EYE, FRAME, MOUTH, SKIN, TEETH, blob, growth, smooth
+from .synth_mesh import CLOTH, EYE, FRAME, MOUTH, SKIN, TEETH
 from .synth_scene import Person, Scene, linear
+from .synth_style import AXIS, blob, growth, smooth
 
 
 @dataclass(frozen=True)
 class Surface:
-    """albedo [N,3] linear, relief [N] height in eye distances, rough [N] GGX alpha, f0 [N], wrap [N,3], occlusion [N]."""
+    """albedo [N,3] linear, relief [N] height in eye distances, rough [N] GGX alpha, f0 [N], wrap [N,3], occlusion [N].
+
+    fill [N]: share of blocked light that comes through all the same (lips let light onto the teeth).
+    """
 
     albedo: Tensor
     relief: Tensor
@@ -26,6 +30,7 @@ class Surface:
     f0: Tensor
     wrap: Tensor
     occlusion: Tensor
+    fill: Tensor
 
 
 def tile(texture: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -126,7 +131,7 @@ def skin(
     relief = 0.0008 * fine * (0.6 + age) - 0.012 * folds
     relief = relief + 0.006 * lips * torch.cos(q[:, 0] * 90 + 2 * fine) * 0.4
     wrap = torch.tensor([0.24, 0.10, 0.06], device=q.device) * (1 - 0.6 * dark)
-    return Surface(colour, relief, rough, 0.042 * gloss, wrap.expand_as(q), torch.ones_like(lips))
+    return Surface(colour, relief, rough, 0.042 * gloss, wrap.expand_as(q), torch.ones_like(lips), 0 * lips)
 
 
 def _cloth(q: Tensor, person: Person, scene: Scene) -> Tensor:
@@ -187,9 +192,8 @@ def opaque(
         pick(s.rough, 0.09, 0.7, 0.18, 0.15),
         pick(s.f0, 0.035, 0.01, 0.08, 0.035),
         torch.where(plain[:, None], torch.where(is_eye[:, None], 0.1, 0.0).expand_as(s.wrap), s.wrap),
-        torch.where(
-            is_eye, lid_shade, torch.where(wet, torch.full_like(lid_shade, 0.7), torch.ones_like(lid_shade))
-        ),
+        torch.where(is_eye, lid_shade, torch.where(wet, 0.8, 1.0)),
+        torch.where(material == TEETH, 0.5, 0.0),
     )
 
 

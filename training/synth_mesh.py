@@ -1,13 +1,11 @@
-"""Meshes of the synthetic portraits: the open head, a hair shell grown from its skin, hanging hair, glasses, a bust.
+"""Meshes of the synthetic portraits: the open head, posed, with hair grown from its skin, a bust and glasses.
 
-Canonical space q: the mean head with the origin between the eyes and the eye distance as unit; x right of
-the picture, y up, z to the viewer. Styles are drawn there, so they fit every identity and pose.
+Canonical space q: see synth_style.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +16,22 @@ from rig_core import checkpoints, raster
 from rig_core.face import axis_angle_to_matrix
 
 from .synth_scene import Person
+from .synth_style import (
+    BUST,
+    CURTAIN,
+    blob,
+    bust,
+    curtain,
+    glasses,
+    glasses_faces,
+    grid_faces,
+    growth,
+    hairline,
+    thickness,
+)
 
 MAPS = ("lips", "beard", "sockets", "scalp", "brows")
 SKIN, EYE, TEETH, MOUTH, CLOTH, FRAME = range(6)
-AXIS = torch.tensor([0.0, 0.35, -1.1])  # middle of the skull
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,7 @@ class Template:
     shell_faces: Tensor  # [G,3] rows of shell, then of the hanging hair
     coarse: Tensor  # [C,V] sparse: averages of clusters of skin vertices, the shadow casters
     coarse_faces: Tensor
+    coarse_high: Tensor  # rows of coarse above the neck
     rigid: Tensor  # [N] vertices that follow the skull, with the pseudo-inverse of [q,1]
     rigid_inverse: Tensor
     scalp_map: Tensor  # [1,1,h,w] of the texture
@@ -48,19 +59,6 @@ class Template:
 
     def to(self, device) -> Template:
         return Template(**{k: v.to(device) if hasattr(v, "to") else v for k, v in vars(self).items()})
-
-
-def curve(x: Tensor, xs: list[float], ys: list[float]) -> Tensor:
-    """Piecewise linear function through (xs, ys), constant outside."""
-    y = torch.full_like(x, ys[0])
-    for a, b, c, d in zip(xs, xs[1:], ys, ys[1:]):
-        y = y + (d - c) * ((x - a) / (b - a)).clamp(0, 1)
-    return y
-
-
-def smooth(x: Tensor, low, high) -> Tensor:
-    t = ((x - low) / (high - low)).clamp(0, 1)
-    return t * t * (3 - 2 * t)
 
 
 def _clusters(q: Tensor, faces: Tensor, cell: float) -> tuple[Tensor, Tensor]:
@@ -83,17 +81,6 @@ def _clusters(q: Tensor, faces: Tensor, cell: float) -> tuple[Tensor, Tensor]:
     keep = torch.full((int(first.max()) + 1,), -1)
     keep[first] = torch.arange(len(f))
     return mean.coalesce(), f[keep]
-
-
-def grid_faces(rows: int, columns: int, start: int, closed: bool = False) -> Tensor:
-    """Triangles of a grid of rows x columns vertices; closed joins the last column to the first."""
-    r, c = torch.meshgrid(
-        torch.arange(rows - 1), torch.arange(columns if closed else columns - 1), indexing="ij"
-    )
-    n = (c + 1) % columns
-    a, b = r * columns + c, r * columns + n
-    quad = torch.stack([a, a + columns, b, b, a + columns, b + columns], -1)
-    return quad.reshape(-1, 3) + start
 
 
 @functools.cache
@@ -131,40 +118,35 @@ def template(device: str = "cpu") -> Template:
     row[shell] = torch.arange(len(shell))
     shell_faces = row[head.faces]
     shell_faces = shell_faces[(shell_faces >= 0).all(1)]
-    coarse, coarse_faces = _clusters(q, head_faces[(face_material == SKIN)], 0.11)
+    coarse, coarse_faces = _clusters(q, head_faces[(face_material == SKIN)], 0.10)
     rigid = ((m["scalp"] > 0.9) | (skin & (q[:, 1].abs() < 0.6) & (q[:, 2] < -0.2))).nonzero()[:, 0]
     bust_start, frame_start = len(q), len(q) + BUST[0] * BUST[1]
     bust_faces = grid_faces(*BUST, bust_start, closed=True)
-    glasses_faces = _glasses_faces(frame_start)
+    rims = glasses_faces(frame_start)
     maps = _maps(head)
-    extra = len(bust_faces) + len(glasses_faces)
+    extra = len(bust_faces) + len(rims)
     return Template(
         head=head,
         q=q,
         maps=maps,
         face_uv=torch.cat([head.uv[head.uv_faces][~low], torch.zeros(extra, 3, 2)]),
         face_region=torch.cat([(m["face"] > 0.5)[head_faces].all(1), torch.zeros(extra, dtype=torch.bool)]),
-        lash=torch.cat([lash, torch.zeros(len(bust_faces.unique()) + len(glasses_faces.unique()))]),
+        lash=torch.cat([lash, torch.zeros(len(bust_faces.unique()) + len(rims.unique()))]),
         unit=unit,
-        faces=torch.cat([head_faces, bust_faces, glasses_faces]),
+        faces=torch.cat([head_faces, bust_faces, rims]),
         face_material=torch.cat(
-            [face_material, torch.full((len(bust_faces),), CLOTH), torch.full((len(glasses_faces),), FRAME)]
+            [face_material, torch.full((len(bust_faces),), CLOTH), torch.full((len(rims),), FRAME)]
         ),
         shell=shell,
         shell_faces=torch.cat([shell_faces, grid_faces(*CURTAIN, len(shell))]),
         coarse=coarse,
         coarse_faces=coarse_faces,
+        coarse_high=(torch.sparse.mm(coarse, q)[:, 1] > -2.0).nonzero()[:, 0],
         rigid=rigid,
         rigid_inverse=torch.linalg.pinv(torch.cat([q[rigid], torch.ones(len(rigid), 1)], 1)),
         scalp_map=maps[:, MAPS.index("scalp"), None],
         cheek_map=_cheeks(head, q),
     )
-
-
-def blob(q: Tensor, x: float, y: float, rx: float, ry: float) -> Tensor:
-    """A soft spot on either side of the face's front, [N]."""
-    front = smooth(q[..., 2], -0.9, -0.5)
-    return torch.exp(-(((q[..., 0].abs() - x) / rx) ** 2 + ((q[..., 1] - y) / ry) ** 2)) * front
 
 
 def _maps(head) -> Tensor:
@@ -182,189 +164,6 @@ def _cheeks(head, q: Tensor) -> Tensor:
     out = torch.zeros(h, w)
     out[((1 - uv[:, 1]) * h).long(), (uv[:, 0] * w).long()] = 1
     return out[None, None]
-
-
-# --- hair --------------------------------------------------------------------------------------------------------
-
-LINE = (
-    [0, 25, 42, 55, 66, 74, 80, 92, 105, 120, 180],
-    [1.05, 1.07, 0.95, 0.72, 0.48, 0.05, 0.25, 0.38, 0.05, -1.0, -1.5],
-)
-
-
-def azimuth(q: Tensor) -> Tensor:
-    """Degrees from the front about the skull's upright axis, 0..180, both sides alike."""
-    return torch.rad2deg(torch.atan2(q[..., 0].abs(), q[..., 2] - AXIS[2].item()))
-
-
-def hairline(q: Tensor, person: Person | None = None, jitter: Tensor | float = 0.0) -> Tensor:
-    """How far above the hairline a point lies, in eye distances: q [...,3] -> [...].
-
-    With a person q is [B,N,3]: receding temples, bare crowns and fringes are theirs.
-    """
-    theta = azimuth(q)
-    line = curve(theta, *LINE) + jitter
-    y = q[..., 1]
-    if person is None:
-        return y - line
-    temple = torch.exp(-(((theta - 38) / 16) ** 2)) + 0.45 * torch.exp(-((theta / 22) ** 2))
-    line = line + person.hairline[:, None] * temple * 1.2
-    line = line - person.fringe[:, None] * (1 - smooth(theta, 38.0, 52.0))
-    bare = 1.75 - 1.0 * person.horseshoe[:, None] + 0.4 * smooth(theta, 110.0, 180.0)
-    crown = torch.where(person.horseshoe[:, None] > 0, (bare - y) * 1.2, torch.full_like(y, 9.0))
-    return torch.minimum(y - line, crown)
-
-
-def thickness(q: Tensor, beard: Tensor, person: Person) -> Tensor:
-    """Height of the shell above the skin [B,N] in eye distances, for q [N,3] and the head's beard mask [N]."""
-    b = len(person)
-    p = q[None].expand(b, -1, -1)
-    margin = hairline(p, person)
-    theta = azimuth(p)
-    rise = smooth(margin, -0.05, 0.55)
-    top = smooth(p[..., 1], 0.4, 1.5)
-    angle = torch.atan2(p[..., 0], p[..., 2] - AXIS[2].item())
-    phase = person.parting[:, :1] * 9
-    lumps = 1 + 0.18 * torch.sin(angle * 5 + phase) * torch.sin(p[..., 1] * 4 + phase)
-    t = person.volume[:, None] * rise * (0.65 + 0.55 * top) * lumps
-    overhang = person.fringe[:, None] * (1 - smooth(theta, 40.0, 55.0)) * smooth(margin, -0.05, 0.1)
-    t = t + 0.09 * overhang.clamp(0, 1) + 0.012
-    hair = t * person.hair[:, None]
-    chin = smooth(-p[..., 1], 1.0, 1.6)
-    return torch.maximum(
-        hair, person.beard[:, :1] * beard[None] * (0.5 + 0.7 * chin) + 0.008 * (beard[None] > 0)
-    )
-
-
-CURTAIN = (14, 44)  # rows down, columns around
-
-
-def curtain(person: Person) -> tuple[Tensor, Tensor]:
-    """Hanging hair: points [B,R*C,3] in canonical space and their (around, down) coordinates [B,R*C,2].
-
-    A sheet around the back of the head from temple to temple, hugging the skull above and falling
-    below; its front edge moves forward on the way down. Heads without long hair get it folded into a point.
-    """
-    rows, columns = CURTAIN
-    b = len(person)
-    t = torch.linspace(0, 1, rows, device=person.volume.device)[:, None]
-    s = torch.linspace(-1, 1, columns, device=t.device)[None]
-    length, volume = person.length[:, None, None], person.volume[:, None, None]
-    y = 0.95 - t * (0.95 + length)
-    part = torch.tanh(2 * person.parting[:, :1, None])
-    front = torch.deg2rad(62 - 12 * smooth(-y, 0.8, 2.2) + 8 * part * s.sign())
-    theta = s.sign() * (front + (math.pi - front) * (1 - s.abs()))
-    widen = smooth(-y, -0.9, 0.4)
-    hang = smooth(-y, 0.6, 3.0)
-    body = smooth(1 - s.abs(), 0.0, 0.18)  # the front edge lies on the cheek, the mass behind it
-    curl = person.curl[:, None, None]
-    bulge = (
-        volume * (0.5 + 0.8 * widen) * (0.15 + 0.85 * body)
-        + 0.35 * volume * curl * widen * body
-        - 0.06 * hang
-    )
-    bulge = bulge * (1 - 0.6 * smooth(t, 0.65, 1.0) * (1 - 0.5 * curl)) - 0.06 * smooth(t, 0.7, 1.0)
-    wave = 0.03 * torch.sin(theta * 11 + y * 2.0) + 0.025 * torch.sin(theta * 23 - y * 3 + 1)
-    wave = wave * (0.3 + widen) * (0.4 + 1.5 * curl) * (0.3 + 0.7 * body)
-    rx, rz = 1.14 + bulge + wave + 0.16 * widen, 1.55 + bulge + wave - 0.25 * hang
-    side = torch.where(theta.cos() > 0, 1.25 + 0.3 * hang + bulge + wave, rz)
-    x = rx * theta.sin()
-    z = AXIS[2].item() + side * theta.cos()
-    y = y.expand_as(x) + 0.05 * torch.sin(theta * 7) * hang
-    p = torch.stack([x, y, z], -1).reshape(b, -1, 3)
-    around = torch.stack([theta.expand_as(x), y], -1).reshape(b, -1, 2)
-    worn = (person.length > 0)[:, None, None]
-    return torch.where(worn, p, p.new_tensor([0.0, 0.5, -1.1])), around
-
-
-# --- bust and glasses ----------------------------------------------------------------------------------------------
-
-BUST = (10, 36)
-
-
-def bust(person: Person) -> Tensor:
-    """Neck opening, shoulders and chest [B,R*C,3] about the base of the neck, in eye distances."""
-    broad = (1.0 - 0.1 * person.female)[:, None]
-    s = torch.linspace(0, 1, BUST[0], device=broad.device)[None]
-    rows = [0, 0.11, 0.22, 0.33, 0.44, 0.55, 0.66, 0.78, 1]
-    rx = curve(s, rows, [1.08, 1.22, 1.55, 2.0, 2.5, 2.9, 3.2, 3.3, 3.3]) * torch.lerp(
-        torch.ones_like(broad), broad, s
-    )
-    rz = curve(s, rows, [1.02, 1.08, 1.18, 1.25, 1.3, 1.4, 1.5, 1.6, 1.7])
-    y = curve(s, rows, [0.42, 0.26, 0.08, -0.12, -0.32, -0.55, -0.9, -1.4, -3.0])
-    phi = torch.linspace(0, 2 * math.pi, BUST[1] + 1, device=s.device)[None, None, :-1]
-    x = rx[..., None] * phi.sin()
-    z = rz[..., None] * phi.cos() * torch.where(phi.cos() > 0, 0.85, 1.0)
-    # the neck opening dips in front
-    y = (
-        y[..., None]
-        - 0.32 * (1 - s[..., None]) * phi.cos().clamp_min(0) ** 2
-        + 0.16 * (1 - s[..., None]) * (-phi.cos()).clamp_min(0)
-    )
-    return torch.stack([x, y.expand_as(x), z], -1).reshape(len(person), -1, 3)
-
-
-RING, TUBE, ARM = 28, 5, 2
-
-
-def _glasses_faces(start: int) -> Tensor:
-    rings = [grid_faces(RING, TUBE, start + i * RING * TUBE, closed=True) for i in (0, 1)]
-    close = [
-        torch.cat(
-            [torch.arange(TUBE) + i * RING * TUBE + (RING - 1) * TUBE, torch.arange(TUBE) + i * RING * TUBE]
-        )
-        + start
-        for i in (0, 1)
-    ]
-    join = grid_faces(2, TUBE, 0, closed=True)
-    rods = [grid_faces(ARM, TUBE, start + (2 * RING + ARM * i) * TUBE, closed=True) for i in range(3)]
-    return torch.cat([*rings, *(c[join] for c in close), *rods])
-
-
-def _tube(path: Tensor, radius: Tensor, closed: bool) -> Tensor:
-    """A tube [B,N*TUBE,3] around a path [B,N,3]; radius [B]."""
-    if closed:
-        d = path.roll(-1, 1) - path.roll(1, 1)
-    else:
-        d = (path[:, 1:] - path[:, :-1])[:, :1].expand_as(path)
-    d = F.normalize(d, dim=-1)
-    ref = torch.zeros_like(d)
-    ref[..., 2 if closed else 1] = 1
-    a = F.normalize(torch.linalg.cross(d, ref), dim=-1)
-    b = torch.linalg.cross(d, a)
-    phi = torch.arange(TUBE, device=path.device) * (2 * math.pi / TUBE)
-    around = a[:, :, None] * phi.cos()[:, None] + b[:, :, None] * phi.sin()[:, None]
-    return (path[:, :, None] + radius[:, None, None, None] * around).flatten(1, 2)
-
-
-def glasses(person: Person) -> Tensor:
-    """Rims, bridge and arms [B,N,3] in canonical space; a point inside the head where none are worn."""
-    g = person.glasses
-    width, square = g[:, 4, None], g[:, 5, None]
-    radius = 0.015 + 0.02 * square[:, 0] * (g[:, 1:4].mean(1) < 0.05)
-    phi = torch.arange(RING, device=g.device)[None] * (2 * math.pi / RING)
-    power = 2 / (2 + 4 * square)
-    cx = phi.cos().sign() * phi.cos().abs() ** power * 0.40 * width
-    cy = phi.sin().sign() * phi.sin().abs() ** power * (0.36 - 0.09 * square)
-    parts = []
-    for side in (-1, 1):
-        x = side * 0.48 + cx
-        z = 0.27 - 0.22 * (x.abs() / 0.9) ** 2
-        parts.append(_tube(torch.stack([x, cy - 0.06, z], -1), radius, True))
-    inner, outer = 0.48 - 0.40 * width[:, 0], 0.48 + 0.40 * width[:, 0]
-    zero = torch.zeros_like(inner)
-
-    def rod(a, b):
-        parts.append(_tube(torch.stack([torch.stack(a, -1), torch.stack(b, -1)], 1), radius, False))
-
-    rod([-inner, zero + 0.04, zero + 0.26], [inner, zero + 0.04, zero + 0.26])
-    for side in (-1, 1):
-        rod(
-            [side * outer, zero + 0.05, 0.27 - 0.22 * (outer / 0.9) ** 2],
-            [zero + side * 1.17, zero + 0.08, zero - 1.0],
-        )
-    p = torch.cat(parts, 1)
-    return torch.where((g[:, :1] > 0)[..., None], p, p.new_tensor([0.0, 0.0, -1.0]))
 
 
 # --- everything together --------------------------------------------------------------------------------------------
@@ -419,7 +218,7 @@ def assemble(t: Template, person: Person, shape: Tensor, exp: Tensor, pose: Tens
     verts = torch.cat([head, body, rims], 1)
     nb, ng = body.shape[1], rims.shape[1]
     body_faces = grid_faces(*BUST, 0, closed=True).to(body.device)
-    rim_faces = _glasses_faces(0).to(body.device)
+    rim_faces = glasses_faces(0).to(body.device)
     normals = torch.cat(
         [normals, raster.vertex_normals(body, body_faces), raster.vertex_normals(rims, rim_faces)], 1
     )
@@ -435,7 +234,7 @@ def assemble(t: Template, person: Person, shape: Tensor, exp: Tensor, pose: Tens
         hair=hair, hair_normals=raster.vertex_normals(hair, hair_faces), hair_faces=hair_faces, hair_q=hair_q,
         hanging=hanging, beard=wide_beard, turn=F.normalize(fit[:, :3], dim=-1).transpose(1, 2),
         caster=torch.cat([coarse, body, hair], 1), caster_faces=torch.cat([fixed, caster_hair], 1),
-        scope=_scope(coarse, hair),
+        scope=_scope(coarse[:, t.coarse_high], hair[:, : len(t.shell)]),
     )  # fmt: skip
 
 
@@ -446,27 +245,8 @@ def _living(faces: Tensor, alive: Tensor) -> Tensor:
 
 
 def _scope(head: Tensor, hair: Tensor) -> tuple[Tensor, Tensor]:
-    """Sphere around head and hair, without what hangs far below."""
-    low, high = head.amin(1), head.amax(1)
-    high = torch.maximum(high, hair.amax(1))
-    return (low + high) / 2, (high - low).norm(dim=-1) / 2
-
-
-def growth(q: Tensor, beard: Tensor, hanging: Tensor, person: Person, jitter: Tensor | float = 0.0) -> Tensor:
-    """Signed distance into the hair or beard (positive: hair grows), [B,N], in eye distances.
-
-    q [B,N,3], beard [B,N] the head's beard mask, hanging [B,N] 1 on hanging hair.
-    """
-    scalp = torch.where(person.hair[:, None] > 0, hairline(q, person, jitter), torch.full_like(beard, -9.0))
-    x, y = q[..., 0].abs(), q[..., 1]
-    lip = torch.minimum((y + 0.99) * 4, 0.52 - x)  # moustache: above the mouth's corners
-    lip = torch.minimum(lip, (-0.70 - y) * 4)
-    chin = torch.minimum(0.50 + 0.15 * (-1.2 - y).clamp(0, 1) - x, -0.95 - y)
-    cheek = torch.full_like(x, 9.0)
-    cheeks, moustache, goatee = (person.beard[:, i, None] for i in (1, 2, 3))
-    region = torch.maximum(torch.where(moustache > 0, lip, -9.0), torch.where(goatee > 0, chin, -9.0))
-    region = torch.maximum(region, torch.where(cheeks > 0, cheek, -9.0))
-    whiskers = torch.minimum((beard - 0.35) * 0.5, region) + jitter
-    grown = torch.maximum(scalp, torch.where(person.beard[:, :1] > 0, whiskers, torch.full_like(scalp, -9.0)))
-    worn = (person.length > 0)[:, None]
-    return torch.where(hanging > 0.5, torch.where(worn, 0.3, -9.0).expand_as(grown), grown)
+    """Sphere about the head, with room for hair: centre [B,3], radius [B]. head [B,C,3]; the neck stays out."""
+    top = torch.cat([head, hair], 1)
+    low, high = top.amin(1), top.amax(1)
+    centre = (low + high) / 2
+    return centre, (top - centre[:, None]).norm(dim=-1).amax(1) * 1.02

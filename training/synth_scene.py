@@ -16,7 +16,7 @@ from torch import Tensor
 from rig_core.face import Batch
 from rig_core.heads.open_head import TEX
 
-from .synth_light import AREA, SKY, Lights, cone, sphere
+from .synth_light import AREA, SKY, cone, sphere
 
 
 class Draw:
@@ -187,7 +187,7 @@ def sample_light(seed: int) -> dict:
     key = toward(side * d.uniform(*azimuth), d.uniform(*elevation))
     warm = d.uniform(-0.35, 0.55) if setup != "sun" else d.uniform(0.0, 0.9)
     colour = warmth(warm)
-    if d.chance(0.05):  # stage light
+    if d.chance(0.03):  # stage light
         colour = colour * torch.exp(0.5 * d.normal(3))
         colour = colour / (colour @ torch.tensor([0.2126, 0.7152, 0.0722]))
     tint = warmth(d.uniform(-1.1, -0.3)) if setup in ("sun", "overcast") else warmth(d.uniform(-0.5, 0.5))
@@ -212,17 +212,17 @@ def sample_light(seed: int) -> dict:
 
 # name: weight, expression weights (name prefix of the open head's expressions: low, high)
 MOODS = {
-    "neutral": (0.28, {}),
+    "neutral": (0.24, {}),
     "smile": (0.22, dict(mouthSmile=(0.3, 0.8), cheekSquint=(0.0, 0.5), eyeSquint=(0.0, 0.3))),
-    "teeth": (0.26, dict(mouthSmile=(0.5, 1.0), mouthUpperUp=(0.3, 0.8), mouthLowerDown=(0.2, 0.6), cheekSquint=(0.2, 0.7))),
-    "talk": (0.06, dict(mouthFunnel=(0.0, 0.6), mouthUpperUp=(0.0, 0.5), mouthLowerDown=(0.0, 0.7))),
+    "teeth": (0.34, dict(mouthSmile=(0.5, 1.0), mouthUpperUp=(0.35, 0.9), mouthLowerDown=(0.3, 0.8), cheekSquint=(0.2, 0.7))),
+    "talk": (0.04, dict(mouthFunnel=(0.0, 0.6), mouthUpperUp=(0.0, 0.5), mouthLowerDown=(0.0, 0.7))),
     "laugh": (0.05, dict(mouthSmile=(0.6, 1.0), mouthUpperUp=(0.3, 0.8), eyeSquint=(0.2, 0.7), cheekSquint=(0.4, 0.9))),
     "sad": (0.04, dict(mouthFrown=(0.2, 0.9), browInnerUp=(0.2, 0.9))),
     "angry": (0.04, dict(browDown=(0.4, 1.0), mouthPress=(0.0, 0.6), noseSneer=(0.0, 0.5))),
     "surprise": (0.03, dict(browInnerUp=(0.4, 1.0), browOuterUp=(0.4, 1.0), eyeWide=(0.3, 0.9))),
     "pucker": (0.02, dict(mouthPucker=(0.3, 0.9))),
 }  # fmt: skip
-JAW = dict(teeth=(0.0, 0.10), talk=(0.05, 0.25), laugh=(0.12, 0.35), surprise=(0.05, 0.35))
+JAW = dict(teeth=(0.0, 0.10), talk=(0.05, 0.25), laugh=(0.08, 0.26), surprise=(0.03, 0.24))
 
 
 def sample_pose(seed: int, names: list[str], expressions: Tensor) -> dict:
@@ -235,7 +235,7 @@ def sample_pose(seed: int, names: list[str], expressions: Tensor) -> dict:
     yaw = max(-45.0, min(45.0, d.normal(1).item() * (10 if d.chance(0.5) else 24)))
     pitch = max(-20.0, min(20.0, d.normal(1).item() * 7))
     mood = d.pick(**{k: v[0] for k, v in MOODS.items()})
-    exp = 0.25 * d.normal(expressions.shape[1]).clamp(-2, 2)
+    exp = 0.12 * d.normal(expressions.shape[1]).clamp(-2, 2)
     weights = dict(MOODS[mood][1])
     if d.chance(0.25):
         weights |= dict(browInnerUp=(0.0, 0.5), browOuterUp=(0.0, 0.5))
@@ -291,7 +291,7 @@ def _hair(d: Draw, female: bool, age: float, tightly: float) -> dict:
     }[style]
     length = {"bob": d.uniform(0.9, 2.0), "long": d.uniform(2.2, 4.5)}.get(style, -1.0)
     if coils and style != "bald":
-        volume, length = volume * 1.5, length * 0.7 if length > 0 else length
+        volume, length = volume * 1.35, length * 0.7 if length > 0 else length
     side = d.uniform(-0.7, 0.7)
     pole = {
         "back": [side * 0.3, -0.15, 1.0],
@@ -364,7 +364,7 @@ def sample_person(seed: int, sizes) -> dict:
         **hair,
         hair_colour=torch.zeros(3),
         grey=grey,
-        dye=torch.cat([linear(d.uniform(0.05, 0.8, 3)), torch.tensor([0.8 * d.chance(0.03)])]),
+        dye=torch.cat([linear(d.uniform(0.05, 0.8, 3)), torch.tensor([0.8 * d.chance(0.015)])]),
         glasses=torch.cat(
             [
                 torch.tensor([float(worn)]),
