@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -70,12 +71,12 @@ def expression_modes(shapes, names, weight, rng, count=1200):
             left = a[:, names.index(name[:-1] + "L")]
             a[both, i] = np.clip(left[both] * (1 + 0.1 * rng.standard_normal(both.sum())), 0, 1)
     x = np.einsum("nk,kvd->nvd", a.astype(np.float32), shapes, optimize=True)
-    modes, total = pca(x, weight, 1 - 1e-7, len(names))
+    modes, _ = pca(x, weight, 1 - 1e-7, len(names))
     w = np.repeat(np.sqrt(weight), 3)
     coefficients = np.linalg.lstsq(
         (modes.reshape(len(modes), -1) * w).T, (shapes.reshape(len(names), -1) * w).T, rcond=None
     )[0]
-    return modes, total, coefficients.T.astype(np.float32)
+    return modes, coefficients.T.astype(np.float32)
 
 
 def jaw_skin(points, opened, part, pivot, axis, angle):
@@ -171,63 +172,80 @@ def close_teeth(points, mesh, growth=1.08, back=0.08) -> None:
             points[tooth] += (growth - 1) * ((points[tooth] - centre) @ along)[:, None] * along - [0, 0, back]
 
 
-def build(folder: Path, seed: int = 0) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """All tensors and the metadata of the open head."""
-    rng = np.random.default_rng(seed)
+def load(folder: Path):
+    """Arrays of ICT-FaceKit, the names of its expressions, and the head's mesh."""
     ict = load_file(folder / "ict_facekit.safetensors")
     with safe_open(folder / "ict_facekit.safetensors", "np") as f:
         names = json.loads(f.metadata()["expression_names"])
     lod = np.load(folder / "skin_lod.npz")
-    mesh = head_mesh.build_mesh(ict, lod["v5000"], lod["t5000"])
-    index = mesh.index
-    neutral = ict["neutral"][index]
-    identity = ict["identity"][:, index].astype(np.float32)
-    shapes = ict["expression"][:, index].astype(np.float32)
-    face = ((index < 6706) & (mesh.part == "skin")).astype(np.float64)
-    weight = face + 0.02  # a little of everything, so that hidden parts and the neck are not arbitrary
-    mean, shape_modes, shape_share = identity_modes(neutral, identity, face, rng)
-    close_teeth(mean, mesh)
+    return ict, names, head_mesh.build_mesh(ict, lod["v5000"], lod["t5000"])
+
+
+def face_weight(mesh) -> np.ndarray:
+    """1 on the face proper [V]: no ears, neck, scalp or insides."""
+    return ((mesh.index < 6706) & (mesh.part == "skin")).astype(np.float64)
+
+
+def at_rest(ict, mesh, rng):
+    """Mean face [V,3] with its mouth shut, shape modes [S,V,3], their share of variance, landmarks [68]."""
+    identity = ict["identity"][:, mesh.index].astype(np.float32)
+    mean, modes, share = identity_modes(ict["neutral"][mesh.index], identity, face_weight(mesh), rng)
     row = np.full(len(ict["neutral"]), -1)
-    row[index] = np.arange(len(index))
+    row[mesh.index] = np.arange(len(mesh.index))
     landmarks = row[ict["landmarks68"]]
+    close_teeth(mean, mesh)
     close_lips(mean, mesh, mean[landmarks])
-    kept = [i for i, n in enumerate(names) if n != "jawOpen" and not n.startswith("eyeLook")]
-    exp_names = [names[i] for i in kept]
-    exp_modes, _, expressions = expression_modes(shapes[kept], exp_names, weight, rng)
+    return mean, modes, share[len(modes) - 1], landmarks
+
+
+def motion(ict, mesh, shapes: dict[str, np.ndarray], mean, shape_modes, rng) -> dict[str, np.ndarray]:
+    """Expressions, jaw and gaze: tensors of the asset (metres), and "eye_centre" in cm."""
+    names = [n for n in shapes if n != "jawOpen" and not n.startswith("eyeLook")]
+    # a little weight everywhere, so that hidden parts and the neck are not arbitrary
+    modes, expressions = expression_modes(
+        np.stack([shapes[n] for n in names]), names, face_weight(mesh) + 0.02, rng
+    )
+    neutral = ict["neutral"][mesh.index]
     eye = [mesh.part == "eye_left", mesh.part == "eye_right"]
     eye_centre = ict["eye_centre"] + np.stack([(mean - neutral)[e].mean(0) for e in eye])
-    hinge = (
-        (mesh.part == "skin")
-        & (np.abs(neutral[:, 0]) > 6)
-        & (np.linalg.norm(neutral[:, 1:] - ict["jaw_pivot"][1:], axis=1) < 2.5)
-    )
+    near = np.linalg.norm(neutral[:, 1:] - ict["jaw_pivot"][1:], axis=1) < 2.5
+    hinge = (mesh.part == "skin") & (np.abs(neutral[:, 0]) > 6) & near  # in front of the ears
     pivot = ict["jaw_pivot"] + (mean - neutral)[hinge].mean(0) * [0, 1, 1]
     angle = float(ict["jaw_open_angle"][0])
-    jaw_weight, jaw_rest = jaw_skin(
-        mean, shapes[names.index("jawOpen")], mesh.part, pivot, ict["jaw_axis"], angle
-    )
-    look = [(("Up", "Up")), ("Down", "Down"), ("Out", "In"), ("In", "Out")]
-    lids = [shapes[names.index(f"eyeLook{a}_L")] + shapes[names.index(f"eyeLook{b}_R")] for a, b in look]
-    skin_faces = mesh.faces[mesh.face_part == "skin"]
-    edges, edge_weight, outward = contour_strips(mean, skin_faces, landmarks)
-    openness = head_albedo.openness(mean, mesh.faces)
-    head_albedo.mark_nostrils(mesh, mean, openness)
-    uv, uv_faces = head_mesh.atlas(mesh, mean, eye_centre)
-    joint_modes = np.stack(
-        [shape_modes[:, hinge].mean(1) * [0, 1, 1], *(shape_modes[:, e].mean(1) for e in eye)], 1
-    )
-    tensors = dict(
-        template=(mean - PIVOT) * CM,
-        shape_modes=(shape_modes * CM).astype(np.float16),
-        exp_modes=(exp_modes * CM).astype(np.float16),
+    jaw_weight, jaw_rest = jaw_skin(mean, shapes["jawOpen"], mesh.part, pivot, ict["jaw_axis"], angle)
+    look = [("Up", "Up"), ("Down", "Down"), ("Out", "In"), ("In", "Out")]
+    lids = np.stack([shapes[f"eyeLook{a}_L"] + shapes[f"eyeLook{b}_R"] for a, b in look])
+    follow = [shape_modes[:, hinge].mean(1) * [0, 1, 1], *(shape_modes[:, e].mean(1) for e in eye)]
+    return dict(
+        exp_modes=(modes * CM).astype(np.float16),
         expressions=expressions,
         joints=(np.stack([pivot, *eye_centre]) - PIVOT) * CM,
-        joint_modes=joint_modes * CM,
+        joint_modes=np.stack(follow, 1) * CM,
         jaw_weight=jaw_weight,
         jaw_rest=(jaw_rest * CM).astype(np.float16),
         jaw_open_angle=np.array([angle]),
-        lid_modes=(np.stack(lids) * CM / GAZE[:, None, None]).astype(np.float16),
+        lid_modes=(lids * CM / GAZE[:, None, None]).astype(np.float16),
         eyes=np.stack(eye).astype(np.uint8),
+        eye_centre=eye_centre,
+        names=names,
+    )
+
+
+def build(folder: Path, seed: int = 0) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """All tensors and the metadata of the open head."""
+    rng = np.random.default_rng(seed)
+    ict, names, mesh = load(folder)
+    mean, shape_modes, share, landmarks = at_rest(ict, mesh, rng)
+    shapes = dict(zip(names, ict["expression"][:, mesh.index].astype(np.float32)))
+    tensors = motion(ict, mesh, shapes, mean, shape_modes, rng)
+    eye_centre, names = tensors.pop("eye_centre"), tensors.pop("names")
+    edges, edge_weight, outward = contour_strips(mean, mesh.faces[mesh.face_part == "skin"], landmarks)
+    openness = head_albedo.openness(mean, mesh.faces)
+    head_albedo.mark_nostrils(mesh, mean, openness)
+    uv, uv_faces = head_mesh.atlas(mesh, mean, eye_centre)
+    tensors |= dict(
+        template=(mean - PIVOT) * CM,
+        shape_modes=(shape_modes * CM).astype(np.float16),
         faces=mesh.faces.astype(np.int16),
         uv=uv,
         uv_faces=uv_faces.astype(np.int16),
@@ -238,16 +256,12 @@ def build(folder: Path, seed: int = 0) -> tuple[dict[str, np.ndarray], dict[str,
     )
     tensors |= head_albedo.build(mesh, mean, openness, landmarks, eye_centre, uv, uv_faces)
     tensors |= light_prior(default_light())
-    report = dict(
-        shape_modes=len(shape_modes),
-        share=round(float(shape_share[len(shape_modes) - 1]), 5),
-        exp_modes=len(exp_modes),
-    )
+    report = dict(shape_modes=len(shape_modes), share=round(float(share), 5), exp_modes=len(names))
     meta = dict(
         kind="open_head",
         format="1",
         seed=str(seed),
-        expression_names=json.dumps(exp_names),
+        expression_names=json.dumps(names),
         report=json.dumps(report),
         licence=NOTICE + (folder / "LICENSE").read_text(),
     )
@@ -256,9 +270,9 @@ def build(folder: Path, seed: int = 0) -> tuple[dict[str, np.ndarray], dict[str,
 
 
 def default_light() -> np.ndarray:
-    """A soft frontal light from slightly above with some spread [64,9,3], display space."""
+    """Provisional lights [4096,9,3], display space: soft, frontal, slightly from above."""
     rng = np.random.default_rng(1)
-    mean = np.array([3.2, 0, 0.25, 0.5, 0, 0, 0.05, 0, 0.05])
+    mean = np.array([2.7, 0, 0.22, 0.35, 0, 0, 0.05, 0, 0.05])
     std = np.array([0.35, 0.3, 0.2, 0.2, 0.1, 0.15, 0.1, 0.12, 0.1])
     grey = mean + std * rng.standard_normal((4096, 9))
     return (grey[..., None] + 0.05 * rng.standard_normal((4096, 9, 3))).astype(np.float32)
@@ -270,9 +284,22 @@ def light_prior(light: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def write(tensors: dict[str, np.ndarray], meta: dict[str, str], path: Path = ASSET) -> None:
+    """Save the asset as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, meta)
+    temporary = path.with_suffix(".part")
+    save_file(tensors, temporary, meta)
+    os.replace(temporary, path)
     print(f"{path.name}: {path.stat().st_size / 2**20:.2f} MB, {meta['report']}")
+
+
+def update_light(light: np.ndarray, path: Path = ASSET) -> None:
+    """Replace the light prior of an asset by that of lights [N,9,3]. ValueError for another shape or NaN."""
+    if light.ndim != 3 or light.shape[1:] != (9, 3) or len(light) < 2 or not np.isfinite(light).all():
+        raise ValueError(f"lights must be finite [N,9,3] with N > 1, got {light.shape}")
+    tensors = load_file(path)
+    with safe_open(path, "np") as f:
+        meta = f.metadata()
+    write(tensors | light_prior(light.astype(np.float64)), meta, path)
 
 
 def main() -> None:
@@ -290,10 +317,7 @@ def main() -> None:
     if args.ict:
         write(*build(args.ict, args.seed))
     if args.light_prior:
-        tensors = load_file(ASSET)
-        with safe_open(ASSET, "np") as f:
-            meta = f.metadata()
-        write(tensors | light_prior(load_file(args.light_prior)["light"]), meta)
+        update_light(load_file(args.light_prior)["light"])
     if not (args.ict or args.light_prior):
         parser.error("nothing to do: give --ict or --light-prior")
 

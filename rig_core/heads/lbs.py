@@ -37,7 +37,8 @@ def lbs(
     """Pose a skinned model.
 
     betas [B,K], pose [B,3J] axis-angle per joint, template [V,3], shapedirs [V,3,K], posedirs [9(J-1),3V]
-    (rows: entries of R - I of joints 1.., row-major), regressor [J,V] shaped vertices -> joints, weights [V,J].
+    (rows: entries of R - I of joints 1.., row-major), regressor [J,V] (shaped vertices -> joints), weights
+    [V,J].
     Returns vertices [B,V,3] and posed joints [B,J,3].
     """
     b, j = len(pose), len(regressor)

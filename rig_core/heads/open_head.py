@@ -38,8 +38,9 @@ class OpenHead(nn.Module):
 
     Convention: metres; x to the right of the picture (the subject's left), y up, z to the viewer; the origin
     lies between the ears, slightly low, where a head turns on its neck. All coefficients have unit variance,
-    zero is the mean face. pose [B,8] (radians): global axis-angle (3) about the origin, jaw axis-angle (3) about
-    the hinge (x > 0 opens, 0.44 is wide open), gaze yaw (> 0 to the right of the picture) and pitch (> 0 up).
+    zero is the mean face. pose [B,8], radians: global axis-angle (3) about the origin, jaw axis-angle (3)
+    about the hinge (x > 0 opens, 0.44 is wide open), gaze yaw (> 0 to the right of the picture) and pitch
+    (> 0 up).
     `expressions` [N,E]: row i is the `exp` of expression_names[i] at weight 1; rows may be added up.
     """
 
@@ -89,7 +90,7 @@ class OpenHead(nn.Module):
         rows = slice(None) if index is None else index
         template = self.template[rows]
         modes = self.modes.view(len(self.modes), -1, 3)[:, rows].flatten(1)
-        x = template + (torch.cat([shape, exp], 1) @ modes).view(len(shape), -1, 3)
+        x = template + (torch.cat([shape, exp], 1) @ modes).view(len(shape), len(template), 3)
         joints = self.joints + torch.einsum("bs,sjd->bjd", shape, self.joint_modes)
         turn = axis_angle_to_matrix(pose[:, 3:6])
         swing = (x - joints[:, None, 0]) @ (turn - torch.eye(3).to(turn)).transpose(1, 2)
@@ -147,8 +148,9 @@ class OpenHead(nn.Module):
     def albedo(self, tex: Tensor) -> Tensor:
         """tex [B,12] (see `TEX`), unit variance -> [B,3,256,256] in display space.
 
-        Skin follows a two-pigment absorption model in linear light: log reflectance = base - M a - H b with
-        melanin M, haemoglobin H (as Tsumura et al., SIGGRAPH 2003); encoding by a power keeps it one exponential.
+        Skin follows a two-pigment absorption model in linear light (as Tsumura et al., SIGGRAPH 2003): log
+        reflectance = base - M a - H b with melanin M and haemoglobin H; encoded by a power it stays one
+        exponential.
         """
         t = {k: tex[:, i, None, None, None] for i, k in enumerate(TEX)}
         return torch.cat([self._skin(t, self._maps()), self._inner(t)], 2)
@@ -174,7 +176,7 @@ class OpenHead(nn.Module):
         blood = blood + (0.14 * F.softplus(0.5 + t["cheeks"])) * m["flush"]
         blood = blood + (0.34 * F.softplus(1.2 + t["lips"])) * m["lips"]
         blood = blood + 0.6 * m["cavity"]
-        x = _rgb(melanin, -0.20, -0.48, -0.76) - melanin * _rgb(melanin, 0.68, 0.86, 1.0)
+        x = _rgb(melanin, -0.12, -0.40, -0.66) - melanin * _rgb(melanin, 0.68, 0.86, 1.0)
         x = torch.exp((x - blood * _rgb(melanin, 0.30, 1.0, 0.80)) / 2.2)
 
         warm = torch.tanh(0.7 * t["hair_warm"])
