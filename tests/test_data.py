@@ -36,9 +36,8 @@ def names(n, start=0):
 def folder(tmp_path):
     """Two shards: 5 + 3 portraits, the last two of a validation split."""
     data.append(tmp_path, names(5), pictures(5), codes(5), person=["a", "a", "b", "c", "c"])
-    data.append(
-        tmp_path, names(3, 5), pictures(3, seed=1), codes(3, seed=1), split=splits, tags=("side",), weight=2.0
-    )
+    more = {"split": ["train", "val", "val"], "tags": ("side",), "weight": 2.0}
+    data.append(tmp_path, names(3, 5), pictures(3, seed=1), codes(3, seed=1), **more)
     data.finish(tmp_path)
     return tmp_path
 
