@@ -175,8 +175,9 @@ def find_faces(
     networks = networks or default_networks(str(image.device))
     photo = _resize(image, min(1.0, LONG_SIDE / max(image.shape[-2:])))
     boxes, scores = _candidates(photo, networks.finder, smallest)
+    likely = (scores > threshold**2).nonzero()[:limit, 0]  # the others cannot pass any more
+    boxes, scores = boxes[likely], scores[likely]
     if len(boxes):
-        boxes, scores = boxes[:limit], scores[:limit]
         points, face = _two_passes(photo, boxes, networks.landmarks)
         # The finder looks for something face-like, the landmark network says whether a face is in the crop.
         scores = (scores * face.sigmoid()).sqrt()
