@@ -14,6 +14,7 @@ depth, no culling) to the last bit, so that its pixels are DECA's pixels:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 EPS = 1e-8
 TILE = 64  # px, the largest window
+CHUNK = 1 << 16  # pixels tested at once: about what the cache of a core holds
 HIDDEN = 1e38  # added to the depth where a face does not cover a pixel
 FAR = 1e25  # makes an edge function negative whatever the face
 EMPTY = 0x7CF0BDC2 << 32  # key of an empty pixel: depth 1e37
@@ -137,26 +139,28 @@ def _rasterize_torch(verts: Tensor, faces: Tensor, size: tuple[int, int], chunk:
     h, w = size
     b, f = len(verts), faces.shape[-2]
     dev = verts.device
-    chunk = chunk or (1 << 16 if dev.type == "cpu" else 1 << 22)
+    chunk = max(chunk or (CHUNK if dev.type == "cpu" else 16 * CHUNK), TILE * TILE)
     centres = _centres(w, min(h, w)).to(dev), _centres(h, min(h, w)).to(dev)
     corner = corner_planes(verts, faces)
     table = _table(corner)
-    windows, groups = _group(_cut(_windows(corner, table[6], centres, f)), chunk // 4)
-
-    face, item, top, left, *_ = windows
-    windows[1] = (item * h + top) * w + left
+    windows, groups = _group(_cut(_windows(corner, table[6], centres, f)), chunk // 2)
+    face, item, top, left, rows, cols = windows
+    pixel = (item * h + top) * w + left
+    ordered = torch.cat([table.index_select(1, face), rows[None], cols[None]])
 
     # an empty pixel: depth 1e37 and the face before the item's first one
     first = f * torch.arange(b, device=dev)
     key = (first[:, None] + (EMPTY - 1)).expand(b, h * w).reshape(-1)
     key = F.pad(key, (0, TILE * (w + 1)), value=EMPTY)
-    ordered = table.index_select(1, face)
     padded = [F.pad(c, (0, TILE)) for c in centres]
+    # fresh memory costs more than the arithmetic: reuse it
+    scratch = verts.new_empty(4 * chunk), torch.empty(2 * chunk, dtype=torch.int64, device=dev)
     for begin, end, kr, kc in groups:
-        step = max(1, chunk // (kr * kc))
+        step = chunk // (kr * kc)
         for a in range(begin, end, step):
             part = slice(a, min(a + step, end))
-            _draw(key, ordered[:, part], windows[:, part], (kr, kc), w, padded)
+            at = face[part], pixel[part], top[part], left[part]
+            _draw(key, ordered[:, part], at, (kr, kc), w, padded, scratch)
     return _resolve(key[: b * h * w].reshape(b, h, w), table, first, centres)
 
 
@@ -172,13 +176,13 @@ def _table(corner: Tensor) -> Tensor:
 
     0-2 and 3-5 x and y of the edges' starts, 6 doubled area + 1e-8, 7-9 and 10-12 x and y of the edges, 13-15 z.
     """
-    x, y, z = corner.unbind(1)
-    sx, sy = x[[1, 2, 0]], y[[1, 2, 0]]
-    dx, dy = x[[2, 0, 1]] - sx, y[[2, 0, 1]] - sy
-    area = (x[2] - x[0]) * dy[2] - (y[2] - y[0]) * dx[2]
+    start = corner[:, :2].transpose(0, 1).roll(-1, 1)
+    edge = start.roll(-1, 1) - start
+    x, y = start.unbind()
+    area = (x[1] - x[2]) * edge[1, 2] - (y[1] - y[2]) * edge[0, 2]
     # added in double, then rounded; MPS has no double
     area = area + EPS if area.device.type == "mps" else (area.double() + EPS).float()
-    return torch.cat([sx, sy, area[None], dx, dy, z])
+    return torch.cat([start.reshape(6, -1), area[None], edge.reshape(6, -1), corner[:, 2]])
 
 
 def _windows(corner: Tensor, area: Tensor, centres: tuple[Tensor, Tensor], f: int) -> Tensor:
@@ -268,34 +272,43 @@ def _levels(sizes, cost: int) -> dict[int, int]:
     return levels
 
 
-def _draw(key: Tensor, table: Tensor, windows: Tensor, shape: tuple[int, int], w: int, centres) -> None:
-    """Test n faces, table [16,n], against windows of one shape; keep the nearest of each pixel in key."""
+def _draw(key: Tensor, table: Tensor, at, shape: tuple[int, int], w: int, centres, scratch) -> None:
+    """Test n faces against windows of one shape; keep the nearest of each pixel in key.
+
+    table [18,n]: the faces' rows of `_table`, rows and columns of their bounding boxes; at: face, pixel, top, left [n].
+    """
     # the longer axis goes innermost: [kr,kc,n] for many faces, [n,kr,kc] for few
     few = table.shape[1] < shape[1]
     axis = 2 if few else 1
-    t, (face, start, top, left, rows, cols) = table.unsqueeze(axis), windows.unsqueeze(axis)
+    dense = (table.shape[1], *shape) if few else (*shape, table.shape[1])
+    size = math.prod(dense)
+    t = table.unsqueeze(axis)
+    face, pixel, top, left = (v.unsqueeze(axis - 1) for v in at)
     i, j = (torch.arange(k, device=key.device).reshape((-1,) if few else (-1, 1)) for k in shape)
     px, py = (c.index_select(0, p.reshape(-1)).reshape(p.shape) for c, p in zip(centres, (left + j, top + i)))
     # an edge function is a part of the column less a part of the row
-    along_x, along_y = (px - t[0:3]) * t[10:13], (py - t[3:6]) * t[7:10]
+    along_x, along_y = (px - t[0:3]).mul_(t[10:13]), (py - t[3:6]).mul_(t[7:10])
     # beyond the bounding box the first one becomes negative (selecting by a mask is slow on the CPU)
     far = torch.copysign(torch.full_like(t[6], FAR), t[6])
-    along_x[0] -= (j + 1 - cols).clamp_min(0) * far
-    along_y[0] += (i + 1 - rows).clamp_min(0) * far
-    weight = (along_x.unsqueeze(axis) - along_y.unsqueeze(axis + 1)).div_(t[6].unsqueeze(axis - 1))
-    least = torch.minimum(weight[0], weight[1])
-    least = torch.minimum(least, weight[2], out=least)
+    along_x[0].sub_((j + 1 - t[17]).clamp_min_(0).mul_(far))
+    along_y[0].add_((i + 1 - t[16]).clamp_min_(0).mul_(far))
+    weight, least = scratch[0][: 3 * size].view(3, *dense), scratch[0][3 * size : 4 * size].view(dense)
+    torch.sub(along_x.unsqueeze(axis), along_y.unsqueeze(axis + 1), out=weight)
+    weight.div_(t[6].unsqueeze(axis - 1))
+    torch.minimum(weight[0], weight[1], out=least)
+    torch.minimum(least, weight[2], out=least)
     z0, z1, z2 = weight.mul_(t[13:16].unsqueeze(axis))
     z = z0.add_(z1).add_(z2).add_(torch.le(least, 0, out=least), alpha=HIDDEN)
-    pixel = start.unsqueeze(axis - 1) + (i.unsqueeze(1) * w + j)
-    _keep_nearest(key, pixel.reshape(-1), z, face.unsqueeze(axis - 1), key.device.type != "mps")
+    new, where = scratch[1][: 2 * size].view(2, *dense)
+    torch.add(pixel.unsqueeze(axis - 1), i.unsqueeze(1) * w + j, out=where)
+    _keep_nearest(key, where.view(-1), z, face.unsqueeze(axis - 1), new, key.device.type != "mps")
 
 
-def _keep_nearest(key: Tensor, pixel: Tensor, z: Tensor, face: Tensor, wide: bool) -> None:
-    """key[pixel] = min(key[pixel], (bits of z, face)). wide: the device has 64-bit atomics."""
+def _keep_nearest(key: Tensor, pixel: Tensor, z: Tensor, face: Tensor, new: Tensor, wide: bool) -> None:
+    """key[pixel] = min(key[pixel], (bits of z, face)). new: memory; wide: the device has 64-bit atomics."""
     if wide:
-        new = z.view(torch.int32).long().bitwise_left_shift_(32).bitwise_or_(face)
-        key.scatter_reduce_(0, pixel, new.reshape(-1), "amin")
+        new.copy_(z.view(torch.int32)).bitwise_left_shift_(32).bitwise_or_(face)
+        key.scatter_reduce_(0, pixel, new.view(-1), "amin")
         return
     face = face.expand(z.shape).reshape(-1).int()
     old = (key >> 32).int()
@@ -311,14 +324,19 @@ def _resolve(key: Tensor, table: Tensor, first: Tensor, centres: tuple[Tensor, T
     b, h, w = key.shape
     covered = key < EMPTY - 1
     seen = covered.reshape(-1).nonzero().squeeze(1)
-    face = key.reshape(-1).index_select(0, seen) & 0xFFFFFFFF
+    face = key.reshape(-1).index_select(0, seen).bitwise_and_(0xFFFFFFFF)
     t = table[:7].index_select(1, face)
-    px, py = (c.expand(b, h, w).reshape(-1).index_select(0, seen) for c in (centres[0], centres[1][:, None]))
-    sx, sy = t[0:3], t[3:6]
-    weight = ((px - sx) * (sy.roll(-1, 0) - sy) - (py - sy) * (sx.roll(-1, 0) - sx)) / t[6]
+    start = t[:6].reshape(2, 3, -1)
+    edge = start.roll(-1, 1).sub_(start)
+    p = torch.stack(
+        [c.expand(b, h, w).reshape(-1).index_select(0, seen) for c in (centres[0], centres[1][:, None])]
+    )
+    x, y = p[:, None] - start
+    weight = x.mul_(edge[1]).sub_(y.mul_(edge[0])).div_(t[6])
     bary = weight.new_full((3, b * h * w), -1.0).index_copy_(1, seen, weight).reshape(3, b, h, w)
-    z = torch.where(covered, (key >> 32).int().view(torch.float32), -1.0)
-    return Fragments(key.int().long() - first[:, None, None], z, bary.permute(1, 2, 3, 0))
+    low, high = key.view(torch.int32).reshape(b, h, w, 2).unbind(-1)  # little-endian
+    z = torch.where(covered, high.view(torch.float32), -1.0)
+    return Fragments(low - first[:, None, None], z, bary.permute(1, 2, 3, 0))
 
 
 def _has_pytorch3d() -> bool:
