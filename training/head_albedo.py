@@ -139,7 +139,7 @@ def _lines(marks: np.ndarray, p: np.ndarray) -> dict[str, np.ndarray]:
 
 def openness(points: np.ndarray, faces: np.ndarray, directions: int = 160) -> np.ndarray:
     """Share of the cosine-weighted hemisphere [V] that each vertex sees, by depth maps from all sides."""
-    v, f = torch.from_numpy(points).float(), torch.from_numpy(faces)
+    v, f = torch.from_numpy(points).float(), torch.from_numpy(np.ascontiguousarray(faces))
     v = (v - v.mean(0)) / (v - v.mean(0)).norm(dim=1).max()
     normal = raster.vertex_normals(v[None], f)[0]
     seen, total = torch.zeros(len(v)), torch.zeros(len(v))
