@@ -12,8 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from tests import host_double
@@ -488,15 +490,46 @@ def test_grey_and_rgba_photos_work(pack, head, scene):
 
 def test_an_8000_px_photo_is_aligned_first(pack, head, scene):
     photo, points = scene
-    large = torch.nn.functional.interpolate(photo.permute(0, 3, 1, 2), size=(6000, 8000), mode="nearest")
-    scale = 8000 / 128
-    image, crop, at = pack.run(
-        "AlignFace", photo=large.permute(0, 2, 3, 1), size=SIZE, landmarks=(points + 0.5) * scale - 0.5
-    )
+    large = torch.nn.functional.interpolate(photo.permute(0, 3, 1, 2), scale_factor=20, mode="nearest")
+    large = torch.nn.functional.pad(large, (0, 8000 - large.shape[3], 0, 0), value=0.4).permute(0, 2, 3, 1)
+    image, crop, at = pack.run("AlignFace", photo=large, size=SIZE, landmarks=(points + 0.5) * 20 - 0.5)
     small = pack.run("AlignFace", photo=photo, size=SIZE, landmarks=points)
     assert psnr(image, small[0]) > 25 and (at - small[2]).abs().max() < 0.6
-    with pytest.raises(ValueError, match="8000 x 6000.*Align Face"):
-        pack.run("FitToLandmarks", face_model=head, image=large.permute(0, 2, 3, 1))
+    with pytest.raises(ValueError, match="8000 x 1920.*Align Face"):
+        pack.run("FitToLandmarks", face_model=head, image=large)
+
+
+def test_no_face_one_face_several_faces_in_real_photos(pack):
+    def photo(name, size):
+        image = Image.open(ROOT / "rig_core" / "assets" / name).convert("RGB")
+        image.thumbnail((size, size))
+        return torch.from_numpy(np.array(image)).float()[None] / 255
+
+    woman, man = photo("astronaut.jpg", 400), photo("grace_hopper.jpg", 400)
+    height = min(woman.shape[1], man.shape[1])
+    both = torch.cat([woman[:, :height], man[:, :height]], 2)
+    pictures = {
+        order: pack.run("AlignFace", photo=both, size=SIZE, order="left to right", index=i)[0]
+        for i, order in enumerate(("left", "right"))
+    }
+    alone = pack.run("AlignFace", photo=woman[:, :height], size=SIZE)[0]
+    assert psnr(pictures["left"], alone) > 20 > psnr(pictures["right"], alone)
+    mask = torch.zeros(1, 10, 10)
+    mask[:, :, 5:] = 1
+    inside = pack.run("AlignFace", photo=both, size=SIZE, mask=mask)[0]
+    assert psnr(inside, pictures["right"]) > 30
+    with pytest.raises(ValueError, match="has 2 faces, there is no face number 5"):
+        pack.run("AlignFace", photo=both, size=SIZE, index=5)
+    empty = torch.full((1, 120, 160, 3), 0.4)
+    with pytest.raises(ValueError, match="no face found in the picture"):
+        pack.run("AlignFace", photo=empty)
+    frames = torch.cat([woman[:, :height], torch.full_like(woman[:, :height], 0.4)])
+    with pytest.raises(ValueError, match="no face found in picture 2 of 2"):
+        pack.run("AlignFace", photo=frames)
+    aligned, crop, _ = pack.run("AlignFace", photo=frames, size=SIZE, missing="pass through")
+    assert crop.found.tolist() == [True, False]
+    out = pack.run("PasteBack", photo=frames, edited=aligned * 0.5, crop=crop)[0]
+    assert torch.equal(out[1], frames[1]) and not torch.equal(out[0], frames[0])
 
 
 def test_a_code_of_another_head_is_refused(pack, head, face):
