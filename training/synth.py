@@ -128,7 +128,7 @@ def _compose(s: pixels.Stage, solid: pixels.Solid, texture, lights, camera, mark
     backdrop = backdrop.clamp_min(0) * (camera.white[0] * 2 ** camera.exposure[0])[:, None, None]
     fibres, hair = pixels.hair(s, solid.part)
     radiance = radiance + backdrop * (1 - kinds[:, 3:])
-    radiance = radiance * (1 - hair) + fibres * gain[:, None, None] * hair
+    radiance = radiance * (1 - hair) + fibres * gain[:, None, None]
     bare = 1 - hair  # lamps and kinds are counted where the hair lets them be seen
     kinds = torch.cat([kinds[:, :1], kinds[:, 1:3] * bare, (1 - kinds[:, 3:]) * bare, hair, lamps * bare], 1)
     head, skin, cloth, background, hair, lit, free = F.avg_pool2d(kinds, SUPERSAMPLE).split(1, 1)

@@ -102,12 +102,12 @@ def skin(
     dark = (1 - bare.mean() * 1.6).clamp(0, 1)
     red = torch.tensor([0.02, 0.10, 0.08], device=q.device)
     colour = colour * torch.exp(
-        p["blotches"] * (0.05 * coarse[:, None] * (1 - red * 4) - red * coarse[:, None] * 0.8)
+        p["blotches"] * (0.03 * coarse[:, None] * (1 - red * 4) - red * coarse[:, None] * 0.5)
     )
-    colour = colour * torch.exp(0.035 * fine * (1 + age))[:, None]
+    colour = colour * torch.exp(0.022 * fine * (1 + age))[:, None]
     speckle = smooth(spots, 1.2 - 0.4 * p["freckles"], 2.0) * p["freckles"] * (0.3 + cheeks + nose)
-    speckle = speckle + smooth(spots, 2.1, 2.6) * age * 0.6
-    colour = colour * torch.exp(-speckle[:, None] * torch.tensor([0.35, 0.65, 0.8], device=q.device))
+    speckle = speckle + smooth(spots, 2.3, 2.8) * age * 0.45
+    colour = colour * torch.exp(-speckle[:, None] * torch.tensor([0.25, 0.5, 0.62], device=q.device))
     folds = wrinkles(q, fine, age, smile)
     colour = colour * (1 - 0.22 * folds)[:, None]
     # make-up
@@ -212,7 +212,7 @@ class Hair:
 
 
 def hair(q: Tensor, hanging: Tensor, beard: Tensor, facing: Tensor, person: Person) -> Hair:
-    """Strands. hanging [N,3] (around, down, flag), beard [N], facing [N] the shell's normal towards the viewer."""
+    """Strands. hanging [N,4] (see synth_style.curtain), beard [N], facing [N] the shell's normal towards the viewer."""
     p = {k: v[0] for k, v in vars(person).items()}
     grain, curl, hung = p["grain"], p["curl"], hanging[:, 2]
     pole = p["parting"]
@@ -237,8 +237,10 @@ def hair(q: Tensor, hanging: Tensor, beard: Tensor, facing: Tensor, person: Pers
     cover = torch.where(p["volume"] < 0.05, 0.62 + 0.12 * fine, torch.ones_like(fine))
     length = p["beard"][0]
     cover = torch.where(whiskers > 0.3, smooth(fine * 0.35 + 3 + 30 * length, 2.2, 4.2) * 0.9, cover)
-    tips = hanging[:, 1] + p["length"] + 0.12 * lock
-    alpha = alpha * torch.where(hung > 0.5, smooth(tips, 0.0, 0.35), torch.ones_like(tips))
+    tips = smooth(hanging[:, 1] + p["length"] + 0.12 * lock, 0.0, 0.35)
+    tips = tips * smooth(0.95 - hanging[:, 1] + 0.1 * lock, 0.0, 0.3)  # its root lies under the shell
+    tips = tips * smooth(hanging[:, 3] + 0.015 * lock, 0.0, 0.05)
+    alpha = alpha * torch.where(hung > 0.5, tips, torch.ones_like(tips))
     rim = smooth(facing.abs() + 0.10 * lock, 0.02, 0.30)
     alpha = (alpha * cover.clamp(0, 1) * torch.where(whiskers > 0.5, torch.ones_like(rim), rim)).clamp(0, 1)
     colour = p["hair_colour"] * torch.exp(0.38 * lock.clamp(-2, 2) - 0.12)[:, None]

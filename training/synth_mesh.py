@@ -5,6 +5,7 @@ Canonical space q: see synth_style.
 
 from __future__ import annotations
 
+import copy
 import functools
 from dataclasses import dataclass
 
@@ -45,6 +46,7 @@ class Template:
     face_material: Tensor  # [F]
     shell: Tensor  # [N] head vertices that may grow hair
     shell_faces: Tensor  # [G,3] rows of shell, then of the hanging hair
+    veil: Tensor  # [G] bool: faces of the front of the hanging hair
     coarse: Tensor  # [C,V] sparse: averages of clusters of skin vertices, the shadow casters
     coarse_faces: Tensor
     coarse_high: Tensor  # rows of coarse above the neck
@@ -58,7 +60,8 @@ class Template:
     lash: Tensor  # [A] 1 at the margins of the lids
 
     def to(self, device) -> Template:
-        return Template(**{k: v.to(device) if hasattr(v, "to") else v for k, v in vars(self).items()})
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return Template(**moved | {"head": copy.deepcopy(self.head).to(device)})  # a module moves in place
 
 
 def _clusters(q: Tensor, faces: Tensor, cell: float) -> tuple[Tensor, Tensor]:
@@ -118,6 +121,7 @@ def template(device: str = "cpu") -> Template:
     row[shell] = torch.arange(len(shell))
     shell_faces = row[head.faces]
     shell_faces = shell_faces[(shell_faces >= 0).all(1)]
+    sheet = grid_faces(*CURTAIN, len(shell)).flip(1)  # its columns run backwards
     coarse, coarse_faces = _clusters(q, head_faces[(face_material == SKIN)], 0.10)
     rigid = ((m["scalp"] > 0.9) | (skin & (q[:, 1].abs() < 0.6) & (q[:, 2] < -0.2))).nonzero()[:, 0]
     bust_start, frame_start = len(q), len(q) + BUST[0] * BUST[1]
@@ -138,7 +142,8 @@ def template(device: str = "cpu") -> Template:
             [face_material, torch.full((len(bust_faces),), CLOTH), torch.full((len(rims),), FRAME)]
         ),
         shell=shell,
-        shell_faces=torch.cat([shell_faces, grid_faces(*CURTAIN, len(shell))]),
+        shell_faces=torch.cat([shell_faces, sheet]),
+        veil=torch.cat([torch.zeros(len(shell_faces), dtype=torch.bool), _veil(sheet - len(shell))]),
         coarse=coarse,
         coarse_faces=coarse_faces,
         coarse_high=(torch.sparse.mm(coarse, q)[:, 1] > -2.0).nonzero()[:, 0],
@@ -179,8 +184,9 @@ class Meshes:
     hair: Tensor  # [B,H,3]
     hair_normals: Tensor
     hair_faces: Tensor  # [B,G,3]
+    veil_faces: Tensor  # [B,G,3] the front of the hanging hair, drawn over the rest
     hair_q: Tensor  # [B,H,3]
-    hanging: Tensor  # [B,H,3] (around, down, 1 for hanging hair)
+    hanging: Tensor  # [B,H,4] angle, height, 1 for hanging hair, distance from its edge
     beard: Tensor  # [B,H] the head's beard mask
     turn: Tensor  # [B,3,3] canonical directions -> model space
     caster: Tensor  # [B,C,3]
@@ -204,12 +210,12 @@ def assemble(t: Template, person: Person, shape: Tensor, exp: Tensor, pose: Tens
     shell = head[:, t.shell] + normals[:, t.shell] * grow[..., None]
     hair = torch.cat([shell, place(sheet)], 1)
     hair_q = torch.cat([t.q[t.shell].expand(b, -1, -1), sheet], 1)
-    on_shell = torch.zeros(b, len(t.shell), 3, device=hair.device)
-    hanging = torch.cat([on_shell, torch.cat([around, torch.ones_like(around[..., :1])], -1)], 1)
+    hanging = torch.cat([around.new_zeros(b, len(t.shell), 4), around], 1)
     wide_beard = torch.cat([beard.expand(b, -1), beard.new_zeros(b, sheet.shape[1])], 1)
     present = growth(hair_q, wide_beard, hanging[..., 2], person) > -0.15
     alive = present[torch.arange(b)[:, None, None], t.shell_faces].any(2)
-    hair_faces = _living(t.shell_faces, alive)
+    hair_faces = _living(t.shell_faces, alive & ~t.veil)
+    veil_faces = _living(t.shell_faces, alive & t.veil)
     # the bust stands under the neck and turns half as far as the head
     base = place(t.q.new_tensor([[[0.0, -2.5, -1.55]]]))
     half = axis_angle_to_matrix(pose[:, :3] * pose.new_tensor([0.15, 0.4, 0.3]))
@@ -231,11 +237,18 @@ def assemble(t: Template, person: Person, shape: Tensor, exp: Tensor, pose: Tens
     fixed = torch.cat([t.coarse_faces, body_faces + n]).expand(b, -1, -1)
     return Meshes(
         verts=verts, normals=normals, q=q,
-        hair=hair, hair_normals=raster.vertex_normals(hair, hair_faces), hair_faces=hair_faces, hair_q=hair_q,
+        hair=hair, hair_normals=raster.vertex_normals(hair, torch.cat([hair_faces, veil_faces], 1)),
+        hair_faces=hair_faces, veil_faces=veil_faces, hair_q=hair_q,
         hanging=hanging, beard=wide_beard, turn=F.normalize(fit[:, :3], dim=-1).transpose(1, 2),
         caster=torch.cat([coarse, body, hair], 1), caster_faces=torch.cat([fixed, caster_hair], 1),
         scope=_scope(coarse[:, t.coarse_high], hair[:, : len(t.shell)]),
     )  # fmt: skip
+
+
+def _veil(sheet: Tensor) -> Tensor:
+    """Faces [G] of the hanging hair, rows of the sheet alone, that hang before the ears or beside them."""
+    s = (sheet % CURTAIN[1]).float() / (CURTAIN[1] - 1) * 2 - 1
+    return (s.abs() > 0.6).all(1)
 
 
 def _living(faces: Tensor, alive: Tensor) -> Tensor:

@@ -111,6 +111,8 @@ def solid(s: Stage, texture: Tensor, smile: float) -> Solid:
     point, normal, q, sky, open_sky, lash = part.values.split([3, 3, 3, 3, 3, 1], 1)
     normal = F.normalize(normal, dim=-1)
     material = t.face_material[part.face]
+    back = (material == mesh.FRAME) & (normal[:, 2] < 0)
+    normal = torch.where(back[:, None], -normal, normal)
     colour, maps = _texture(t, texture, part)
     bare = look.bare_skin(texture, t.cheek_map)
     f = look.opaque(material, q, colour, maps, lash[:, 0], s.person, s.scene, bare, smile)
@@ -151,21 +153,40 @@ def exposure(light: Tensor, bare: Tensor, camera: Camera) -> Tensor:
 
 
 def hair(s: Stage, below: Part) -> tuple[Tensor, Tensor]:
-    """Hair and beard in front of `below`: radiance [1,3,side,side] and opacity [1,1,side,side]."""
+    """Hair and beard in front of `below`: radiance [1,3,side,side] (times opacity) and opacity [1,1,side,side].
+
+    Two sheets, since both let light through at their edges: first what grows on the head and hangs behind it,
+    then the hair that falls before the ears.
+    """
     m, side = s.meshes, s.side
     sky = s.skylight(m.hair, m.hair_normals)[..., :3]
     values = torch.cat([m.hair, m.hair_normals, m.hair_q, sky, m.hanging, m.beard[..., None]], -1)
-    h = rasterise(buffers.to_image(m.hair, s.code), m.hair_faces, values, side)
     depth = torch.full((side * side,), 1e3, device=sky.device).index_copy(0, below.index, below.depth)
-    near = (h.depth < depth[h.index] + 0.02 * s.template.unit * s.code.cam[0, 0]).nonzero()[:, 0]
-    index = h.index[near]
-    point, normal, q, sky, hanging, beard = h.values[near].split([3, 3, 3, 3, 3, 1], 1)
+    radiance, opacity = sky.new_zeros(1, 3, side, side), sky.new_zeros(1, 1, side, side)
+    for faces in (m.hair_faces, m.veil_faces):
+        if not faces.shape[1]:
+            continue
+        h = rasterise(buffers.to_image(m.hair, s.code), faces, values, side)
+        slack = 0.02 * s.template.unit * s.code.cam[0, 0]
+        near = (h.depth < depth[h.index] + slack).nonzero()[:, 0]
+        colour, alpha = _strands(s, h.values[near])
+        index = h.index[near]
+        a = scatter(index, alpha, side)
+        radiance = radiance * (1 - a) + scatter(index, colour * alpha, side)
+        opacity = opacity * (1 - a) + a
+        dense = alpha[:, 0] > 0.6
+        depth = depth.index_copy(0, index[dense], h.depth[near][dense])
+    return radiance, opacity
+
+
+def _strands(s: Stage, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Radiance [N,3] and opacity [N,1] of hair at pixels with the vertices' values [N,17]."""
+    point, normal, q, sky, hanging, beard = values.split([3, 3, 3, 3, 4, 1], 1)
     normal = F.normalize(normal, dim=-1)
     normal = torch.where(normal[:, 2:] < 0, -normal, normal)  # the inside of the sheet
     f = look.hair(q, hanging, beard[:, 0], normal[:, 2], s.person)
-    tangent = f.tangent @ m.turn[0].T
+    tangent = f.tangent @ s.meshes.turn[0].T
     tangent = F.normalize(tangent - (tangent * normal).sum(-1, keepdim=True) * normal, dim=-1)[None]
     seen = visibility(s.fine, point[None], normal[None], 0.025)
     soft, shine = strands(tangent, normal[None], s.lamps, seen, f.gloss[None])
-    radiance = f.albedo * (soft[0] + sky) + f.shine * shine[0]
-    return scatter(index, radiance, side), scatter(index, f.alpha[:, None], side)
+    return f.albedo * (soft[0] + sky) + f.shine * shine[0], f.alpha[:, None]

@@ -103,7 +103,7 @@ CURTAIN = (14, 44)  # rows down, columns around
 
 
 def curtain(person: Person) -> tuple[Tensor, Tensor]:
-    """Hanging hair: points [B,R*C,3] in canonical space and their (around, down) coordinates [B,R*C,2].
+    """Hanging hair: points [B,R*C,3] in canonical space and [B,R*C,4]: angle, height, 1, distance from the edge.
 
     A sheet around the back of the head from temple to temple, hugging the skull above and falling
     below; its front edge moves forward on the way down. Heads without long hair get it folded into a point.
@@ -135,7 +135,8 @@ def curtain(person: Person) -> tuple[Tensor, Tensor]:
     z = AXIS[2].item() + side * theta.cos()
     y = y.expand_as(x) + 0.05 * torch.sin(theta * 7) * hang
     p = torch.stack([x, y, z], -1).reshape(b, -1, 3)
-    around = torch.stack([theta.expand_as(x), y], -1).reshape(b, -1, 2)
+    edge = (1 - s.abs()).expand_as(x)
+    around = torch.stack([theta.expand_as(x), y, torch.ones_like(x), edge], -1).reshape(b, -1, 4)
     worn = (person.length > 0)[:, None, None]
     return torch.where(worn, p, p.new_tensor([0.0, 0.5, -1.1])), around
 
