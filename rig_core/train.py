@@ -35,8 +35,8 @@ class Config:
 
     ema: decay, reached gradually as (1 + n) / (10 + n). p2_gamma 0 is the plain loss. precision: "bf16"
     or "fp16" autocast, or "fp32". trainable: only parameters whose names begin so (stage 2:
-    "denoisingUNet."). minutes 0: no time limit. noise_std: of the noise mixed in and predicted; 0.5 trains the
-    coarse half of a network of twice the size (see training/grow.py).
+    "denoisingUNet."). minutes 0: no time limit. noise_std: of the noise mixed in and predicted; 0.5 trains
+    the coarse half of a network of twice the size (see training/grow.py).
     """
 
     steps: int = 100_000
