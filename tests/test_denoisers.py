@@ -197,7 +197,7 @@ def test_impossible_configurations_are_refused():
 
 
 @pytest.mark.parametrize("t", [[500, 500, 500], [3, 250.5, 999]])
-@pytest.mark.parametrize("size", [(32, 32), (16, 40)])
+@pytest.mark.parametrize("size", [(32, 32), (16, 40), (64, 48)])
 def test_equals_the_plain_implementation(tiny, t, size):
     x, physical, code = inputs(3, *size)
     t = torch.tensor(t)
@@ -212,7 +212,7 @@ def test_plain_implementation_gives_the_recorded_eps(small):
 
 def test_gradients_equal_the_plain_implementation():
     model = filled(TINY).requires_grad_(True)
-    x, physical, code = inputs(2, 16, 16)
+    x, physical, code = inputs(2, 64, 64)
     t = torch.tensor([10, 900])
     wanted = torch.autograd.grad(
         plain_forward(model, x, t, physical, code).square().sum(), list(model.denoisingUNet.parameters())
@@ -254,7 +254,7 @@ def test_half_precision_survives_large_activations():
 
 def test_autocast_trains():
     model = filled(TINY).requires_grad_(True).train()
-    x, physical, _ = inputs(2, 32, 32)
+    x, physical, _ = inputs(2, 64, 64)  # large enough for the fast upsampling
     with torch.autocast("cpu", torch.bfloat16):
         eps = model(x, torch.tensor([3, 800]), model.condition(physical, x))
     eps.square().mean().backward()
@@ -397,3 +397,20 @@ def test_resampling_layers():
     assert blocks.Downsample(1, conv=False)(x)[0, 0].tolist() == [[2.5, 4.5], [10.5, 12.5]]
     assert blocks.Upsample(32, conv=True)(torch.zeros(1, 32, 4, 4)).shape == (1, 32, 8, 8)
     assert blocks.Downsample(32, conv=True)(torch.zeros(1, 32, 4, 4)).shape == (1, 32, 2, 2)
+
+
+@pytest.mark.parametrize("size", [(32, 40), (4, 4), (33, 32)])
+def test_convolution_of_a_doubled_picture(size):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(3, 5, 3, padding=1)
+    x = torch.randn(2, 3, *size, requires_grad=True)
+    wanted = conv(blocks.Upsample(3, conv=False)(x))
+    found = blocks.upsampled_conv(x, conv)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    weight = torch.randn_like(wanted)
+    leaves = [x, conv.weight, conv.bias]
+    for f, w in zip(
+        torch.autograd.grad((found * weight).sum(), leaves),
+        torch.autograd.grad((wanted * weight).sum(), leaves),
+    ):
+        torch.testing.assert_close(f, w, rtol=1e-4, atol=1e-3)
