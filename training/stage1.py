@@ -126,7 +126,8 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(a.out)
     config = train.Config(
         steps=a.steps, lr=a.lr, warmup=a.warmup, ema=a.ema, p2_gamma=a.p2_gamma, seed=a.seed,
-        noise_std=a.noise_std, minutes=a.minutes, precision=a.precision or ("bf16" if device.type == "cuda" else "fp32"),
+        noise_std=a.noise_std, minutes=a.minutes,
+        precision=a.precision or ("bf16" if device.type == "cuda" else "fp32"),
         log_every=a.log_every, save_minutes=a.save_minutes, sample_every=a.sample_every,
     )  # fmt: skip
     torch.manual_seed(a.seed)
