@@ -259,3 +259,14 @@ def test_datasets_that_cannot_be_mixed_say_so(folder, tmp_path):
         data.Loader(sets, 16, 2)
     with pytest.raises(ValueError, match="need 1 shares, got 2"):
         data.Loader(sets[:1], 16, 2, shares=[1, 2])
+
+
+def test_reference_is_another_picture_of_the_same_person(folder):
+    d = data.Dataset.open(folder)
+    with data.Loader([d], 16, 8, seed=2) as loader, data.Loader([d], 16, 8, seed=2) as again:
+        for step in range(4):
+            b, same = loader(step), again(step)
+            assert torch.equal(b.reference, same.reference)
+            for i, found in zip(b.index.tolist(), b.reference):
+                siblings = {0: [1], 1: [0], 3: [4], 4: [3]}.get(i, [i])  # alone or unknown: itself
+                assert any(torch.equal(found, d.images([k], 16)[0]) for k in siblings)
