@@ -1,8 +1,8 @@
 """Synthetic portraits with exact ground truth: `python -m training.synth --out DIR --count N`.
 
 Rendered from the open head in linear light with what Lambertian buffers lack: area lights with soft cast
-shadows and sky occlusion, skin gloss, relief and scatter, wet eyes, hair, beards, glasses, clothes, backdrops,
-and a camera.
+shadows and sky occlusion, skin gloss, relief and scatter, wet eyes, hair, beards, glasses, clothes,
+backdrops, and a camera.
 Every part has its own seed, so the same person can be had under another light, in another pose, elsewhere.
 """
 
@@ -47,7 +47,7 @@ class SynthBatch(Batch):
     cloth      [B,1,S,S] seen clothes
     background [B,1,S,S] seen backdrop
     shadow     [B,1,S,S] share of the lamps' diffuse light that other surfaces block, 0 outside the skin
-    cast       [B] the same for the whole of the seen skin: 0 no cast shadows .. 1 none of the lamps' light arrives
+    cast       [B] the same for the whole of the seen skin: 0 no cast shadows .. 1 the lamps do not reach it
     key        [B,3] direction to the main lamp
     """
 
@@ -74,7 +74,8 @@ def render(
     clothes), camera (framing and development) takes its own seeds [B] where given, else `seeds`.
 
     Each portrait depends on its five seeds only, never on the rest of the batch. size: even, at least 32.
-    Same person under another light: render(seeds, light=other). Raises ValueError for odd sizes or seed counts.
+    Same person under another light: render(seeds, light=other).
+    Raises ValueError for odd sizes and for counts of seeds that differ.
     """
     if size < 32 or size % 2:
         raise ValueError(f"size must be even and at least 32, got {size}")
@@ -164,8 +165,9 @@ def _smile(head, code: FaceCode) -> float:
 
 
 def frame(head, person, pose, camera, size: int) -> tuple[FaceCode, Tensor]:
-    """Point the camera: the FFHQ crop of the true landmarks (centre between eyes and mouth, half side the larger of
-    2 eye distances and 1.8 eye-to-mouth distances, upright by both), shifted, zoomed and rolled by the camera.
+    """Point the camera: the FFHQ crop of the true landmarks (centred between eyes and mouth, half side the
+    larger of 2 eye distances and 1.8 eye-to-mouth distances, upright by both), then the camera's shift,
+    zoom and roll.
     Returns the code and the landmarks [B,68,3] in model space.
     """
     turn = pose.turn
@@ -198,11 +200,11 @@ def frame(head, person, pose, camera, size: int) -> tuple[FaceCode, Tensor]:
     return code, marks
 
 
-# --- command line ----------------------------------------------------------------------------------------------
+# --- command line ---
 
 
 def _chunk(job: tuple[list[int], int, int]) -> tuple[Tensor, FaceCode, list[int]]:
-    """Portraits for the numbers of one shard: 8-bit pictures, codes, person seeds. Runs in a worker process."""
+    """Portraits for the numbers of one shard: 8-bit pictures, codes, person seeds. For a worker process."""
     numbers, size, each = job
     torch.set_num_threads(1)
     persons = [n // each for n in numbers]
@@ -230,10 +232,8 @@ def write(folder: Path, count: int, size: int, seed: int, each: int, workers: in
             )
             made += len(batch)
             rate = made / (time.monotonic() - start)
-            print(
-                f"{len(done) + made} of {count}, {rate:.1f} a second, {(len(numbers) - made) / rate / 60:.0f} min left",
-                flush=True,
-            )
+            left = (len(numbers) - made) / rate / 60
+            print(f"{len(done) + made} of {count}, {rate:.1f} a second, {left:.0f} min left", flush=True)
     data.finish(folder)
 
 

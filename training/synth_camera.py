@@ -145,7 +145,7 @@ def sample_camera(seed: int) -> dict:
     )
 
 
-# --- the camera ------------------------------------------------------------------------------------------------
+# --- the camera ---
 
 
 def srgb(x: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def srgb(x: Tensor) -> Tensor:
 
 
 def tone(x: Tensor, contrast: Tensor) -> Tensor:
-    """sRGB values -> sRGB values: a gentle s-curve around mid-grey and a shoulder above 0.8, so highlights roll off."""
+    """sRGB -> sRGB: a gentle s-curve around mid-grey, and a shoulder for highlights above 0.8."""
     c = contrast.reshape(-1, 1, 1, 1)
     y = x + 0.5 * c * (x - 0.5) * x.clamp(0, 1) * (1 - x.clamp(0, 1))
     knee = 0.8
@@ -172,7 +172,7 @@ def _dct(device) -> Tensor:
 def jpeg(image: Tensor, strength: Tensor) -> Tensor:
     """Block artefacts of a mild JPEG: 8x8 DCT coefficients rounded to steps that grow with frequency.
 
-    image [B,3,H,W] 0..1, strength [B]; 0 leaves the picture alone. Sides that are no multiple of 8 are padded.
+    image [B,3,H,W] 0..1, strength [B]; 0 leaves the picture alone. Any size: the border is padded.
     """
     h, w = image.shape[2:]
     x = F.pad(image, (0, -w % 8, 0, -h % 8), mode="replicate")

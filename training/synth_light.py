@@ -149,9 +149,9 @@ def diffuse(normals: Tensor, lights: Lights, seen: Tensor, wrap: Tensor) -> tupl
 def specular(normals: Tensor, lights: Lights, seen: Tensor, rough: Tensor, f0: Tensor) -> Tensor:
     """GGX highlights of the lamps (Walter et al. 2007, Schlick's Fresnel), viewer along +z: [B,N,3].
 
-    rough [B,N] is alpha, f0 [B,N] the reflectance at normal incidence; only the lamps' samples count.
+    rough [B,N] is alpha, f0 [B,N] the reflectance at normal incidence.
     """
-    d = lights.direction[:, :AREA]
+    d = lights.direction
     half = F.normalize(d + d.new_tensor([0.0, 0.0, 1.0]), dim=-1)
     nl = torch.einsum("bnc,blc->bln", normals, d).clamp_min(0)
     nh = torch.einsum("bnc,blc->bln", normals, half).clamp(0, 1)
@@ -161,7 +161,7 @@ def specular(normals: Tensor, lights: Lights, seen: Tensor, rough: Tensor, f0: T
     smith = 0.5 / torch.lerp(2 * nl * nv, nl + nv, rough[:, None]).clamp_min(1e-3)
     vh = half[..., 2].clamp(0, 1)[:, :, None]
     fresnel = f0[:, None] + (1 - f0[:, None]) * (1 - vh) ** 5
-    return torch.einsum("bln,blc->bnc", ggx * smith * fresnel * nl * seen[:, :AREA], lights.colour[:, :AREA])
+    return torch.einsum("bln,blc->bnc", ggx * smith * fresnel * nl * seen, lights.colour)
 
 
 def strands(
@@ -179,6 +179,6 @@ def strands(
     f = (0.35 * sine + 0.65) * (cos * 0.8 + 0.2).clamp_min(0) * seen
     soft = torch.einsum("bln,blc->bnc", f, lights.colour)
     tv = tangent[..., 2][:, None]
-    h = (sine * (1 - tv * tv).clamp_min(0).sqrt() - t * tv).clamp_min(0)[:, :AREA]
-    shine = h ** gloss[:, None] * (cos[:, :AREA] * 2 + 0.4).clamp(0, 1) * seen[:, :AREA]
-    return soft, torch.einsum("bln,blc->bnc", shine, lights.colour[:, :AREA])
+    h = (sine * (1 - tv * tv).clamp_min(0).sqrt() - t * tv).clamp_min(0)
+    shine = h ** gloss[:, None] * (cos * 2 + 0.4).clamp(0, 1) * seen
+    return soft, torch.einsum("bln,blc->bnc", shine, lights.colour)

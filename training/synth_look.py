@@ -1,4 +1,4 @@
-"""Surfaces of the synthetic portraits: colour, relief and gloss of skin, eyes, cloth and hair, point by point.
+"""Surfaces of the synthetic portraits: colour, relief and gloss of skin, eyes, cloth and hair by the point.
 
 Points of ONE portrait: q [N,3] canonical positions (see synth_mesh), colours linear RGB [N,3].
 """
@@ -19,7 +19,8 @@ from .synth_style import AXIS, blob, growth, smooth
 
 @dataclass(frozen=True)
 class Surface:
-    """albedo [N,3] linear, relief [N] height in eye distances, rough [N] GGX alpha, f0 [N], wrap [N,3], occlusion [N].
+    """albedo [N,3] linear; relief [N] height in eye distances; rough [N] GGX alpha; f0 [N]; wrap [N,3];
+    occlusion [N] of all light;
 
     fill [N]: share of blocked light that comes through all the same (lips let light onto the teeth).
     """
@@ -59,7 +60,7 @@ def _segment(x: Tensor, y: Tensor, a: tuple, b: tuple) -> Tensor:
 
 
 def wrinkles(q: Tensor, wobble: Tensor, age: float, smile: float) -> Tensor:
-    """Depth of the folds of age [N], 0..1: forehead, crow's feet, nose to mouth, under the eyes, between the brows."""
+    """Depth of the folds of age [N], 0..1: forehead, crow's feet, nose to mouth, below the eyes, at the brows."""
     x, y = q[:, 0].abs(), q[:, 1] + 0.025 * wobble
     front = smooth(q[:, 2], -0.75, -0.3)
     fold = torch.exp(-((_segment(x, y, (0.27, -0.62), (0.52, -1.0)) / 0.035) ** 2)) * (0.45 + 0.3 * smile)
@@ -91,7 +92,8 @@ def skin(
     bare: Tensor,
     smile: float,
 ) -> Surface:
-    """Skin, lips and brows. texture [N,3] the head's own albedo (linear), bare [3] the colour of bare skin, lash [N] lid margins."""
+    """Skin, lips and brows. texture [N,3] the head's own albedo (linear), bare [3] the colour of bare skin,
+    lash [N] 1 at the margins of the lids."""
     p = {k: v[0] for k, v in vars(person).items()}
     u, v = torch.atan2(q[:, 0], q[:, 2] - AXIS[2].item()) * 0.6, q[:, 1] * 0.5
     fine, coarse = tile(p["grain"][0], u, v), tile(p["grain"][1], u * 0.35, v * 0.35)
@@ -197,12 +199,12 @@ def opaque(
     )
 
 
-# --- hair --------------------------------------------------------------------------------------------------------
+# --- hair ---
 
 
 @dataclass(frozen=True)
 class Hair:
-    """albedo [N,3], alpha [N], tangent [N,3] canonical (not yet on the surface), gloss [N] exponent, shine [N,3]."""
+    """albedo [N,3], alpha [N], tangent [N,3] in canonical space, gloss [N] exponent, shine [N,3]."""
 
     albedo: Tensor
     alpha: Tensor
@@ -212,7 +214,7 @@ class Hair:
 
 
 def hair(q: Tensor, hanging: Tensor, beard: Tensor, facing: Tensor, person: Person) -> Hair:
-    """Strands. hanging [N,4] (see synth_style.curtain), beard [N], facing [N] the shell's normal towards the viewer."""
+    """Strands. hanging [N,4] (see synth_style.curtain), beard [N], facing [N] z of the shell's normal."""
     p = {k: v[0] for k, v in vars(person).items()}
     grain, curl, hung = p["grain"], p["curl"], hanging[:, 2]
     pole = p["parting"]

@@ -65,7 +65,7 @@ class Template:
 
 
 def _clusters(q: Tensor, faces: Tensor, cell: float) -> tuple[Tensor, Tensor]:
-    """Vertex clustering (Rossignac and Borrel 1993): averaging matrix [C,V] and the triangles that survive."""
+    """Vertex clustering (Rossignac and Borrel 1993): averaging matrix [C,V] and the triangles left."""
     key = (q / cell).round().long()
     _, group = torch.unique(key, dim=0, return_inverse=True)
     used = torch.zeros(len(q), dtype=torch.bool)
@@ -171,7 +171,7 @@ def _cheeks(head, q: Tensor) -> Tensor:
     return out[None, None]
 
 
-# --- everything together --------------------------------------------------------------------------------------------
+# --- everything together ---
 
 
 @dataclass(frozen=True)
@@ -252,13 +252,13 @@ def _veil(sheet: Tensor) -> Tensor:
 
 
 def _living(faces: Tensor, alive: Tensor) -> Tensor:
-    """Those of faces [G,3] that are alive [B,G] in any item, folded to a point where they are not: [B,G',3]."""
+    """Faces [G,3] that are alive [B,G] in any item, folded to a point in the others: [B,G',3]."""
     some = alive.any(0)
     return torch.where(alive[:, some, None], faces[some], torch.zeros_like(faces[some]))
 
 
 def _scope(head: Tensor, hair: Tensor) -> tuple[Tensor, Tensor]:
-    """Sphere about the head, with room for hair: centre [B,3], radius [B]. head [B,C,3]; the neck stays out."""
+    """Sphere about head [B,C,3] and hair [B,N,3]: centre [B,3], radius [B]."""
     top = torch.cat([head, hair], 1)
     low, high = top.amin(1), top.amax(1)
     centre = (low + high) / 2

@@ -24,7 +24,7 @@ FINE, ROUGH = 112, 48  # sides of the lamps' and the sky's depth maps
 
 @dataclass(frozen=True)
 class Part:
-    """A rasterised mesh: picture [1,H,W] of its faces and, at its N covered pixels, flat index, depth, face, values."""
+    """A rasterised mesh: at its N covered pixels the flat index, depth, face and interpolated values."""
 
     fragments: raster.Fragments
     index: Tensor  # [N]
@@ -83,8 +83,9 @@ class Stage:
 
 
 def stage(t, m, code: FaceCode, person: Person, scene: Scene, lights: Lights, side: int) -> Stage:
-    """Split the light into lamps and sky and make their depth maps."""
-    lamps = Lights(lights.direction[:, :AREA], lights.colour[:, :AREA], lights.key)
+    """Split the light into lamps and sky and make their depth maps. Lamps that are off are left out."""
+    on = (lights.colour[0, :AREA].sum(1) > 0).nonzero()[:, 0]
+    lamps = Lights(lights.direction[:, on], lights.colour[:, on], lights.key)
     sky = Lights(lights.direction[:, AREA:], lights.colour[:, AREA:], lights.key)
     fine = shadow_maps(m.caster, m.caster_faces, lamps.direction, FINE, m.scope)
     rough = shadow_maps(m.caster, m.caster_faces, sky.direction, ROUGH, m.scope)
@@ -142,7 +143,7 @@ def _texture(t: mesh.Template, texture: Tensor, part: Part) -> tuple[Tensor, dic
 
 
 def exposure(light: Tensor, bare: Tensor, camera: Camera) -> Tensor:
-    """Gain [3] that exposes a face under diffuse light [N,3]: its brightest parts near 1, flat and hard light alike.
+    """Gain [3] that exposes a face under diffuse light [N,3]: its brightest parts near 1 in any light.
 
     Dark skin gets up to half a stop more, as a photographer opens up for it; bare [3] is the skin's colour.
     """
@@ -153,7 +154,7 @@ def exposure(light: Tensor, bare: Tensor, camera: Camera) -> Tensor:
 
 
 def hair(s: Stage, below: Part) -> tuple[Tensor, Tensor]:
-    """Hair and beard in front of `below`: radiance [1,3,side,side] (times opacity) and opacity [1,1,side,side].
+    """Hair and beard in front of `below`: radiance times opacity, [1,3,side,side], and opacity [1,1,side,side].
 
     Two sheets, since both let light through at their edges: first what grows on the head and hangs behind it,
     then the hair that falls before the ears.

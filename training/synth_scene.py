@@ -142,7 +142,7 @@ def stack(cls, items: list[dict]):
     )
 
 
-# --- light ---------------------------------------------------------------------------------------------------
+# --- light ---
 
 # name: weight, azimuth range, elevation range (degrees), disc radius range, sky : key irradiance range
 SETUPS = {
@@ -208,15 +208,15 @@ def sample_light(seed: int) -> dict:
     return dict(direction=torch.cat(directions), colour=torch.cat(colours), key=key)
 
 
-# --- pose ------------------------------------------------------------------------------------------------------
+# --- pose ---
 
 # name: weight, expression weights (name prefix of the open head's expressions: low, high)
 MOODS = {
     "neutral": (0.24, {}),
     "smile": (0.22, dict(mouthSmile=(0.3, 0.8), cheekSquint=(0.0, 0.5), eyeSquint=(0.0, 0.3))),
-    "teeth": (0.34, dict(mouthSmile=(0.5, 1.0), mouthUpperUp=(0.35, 0.9), mouthLowerDown=(0.3, 0.8), cheekSquint=(0.2, 0.7))),
+    "teeth": (0.34, dict(mouthSmile=(0.5, 1.0), mouthUpperUp=(0.35, 0.9), mouthLowerDown=(0.3, 0.8), cheekSquint=(0.2, 0.7))),  # noqa: E501
     "talk": (0.04, dict(mouthFunnel=(0.0, 0.6), mouthUpperUp=(0.0, 0.5), mouthLowerDown=(0.0, 0.7))),
-    "laugh": (0.05, dict(mouthSmile=(0.6, 1.0), mouthUpperUp=(0.3, 0.8), eyeSquint=(0.2, 0.7), cheekSquint=(0.4, 0.9))),
+    "laugh": (0.05, dict(mouthSmile=(0.6, 1.0), mouthUpperUp=(0.3, 0.8), eyeSquint=(0.2, 0.7), cheekSquint=(0.4, 0.9))),  # noqa: E501
     "sad": (0.04, dict(mouthFrown=(0.2, 0.9), browInnerUp=(0.2, 0.9))),
     "angry": (0.04, dict(browDown=(0.4, 1.0), mouthPress=(0.0, 0.6), noseSneer=(0.0, 0.5))),
     "surprise": (0.03, dict(browInnerUp=(0.4, 1.0), browOuterUp=(0.4, 1.0), eyeWide=(0.3, 0.9))),
@@ -254,11 +254,11 @@ def sample_pose(seed: int, names: list[str], expressions: Tensor) -> dict:
     return dict(turn=torch.tensor([pitch, yaw, 0.0]), jaw=jaw, gaze=gaze, exp=exp)
 
 
-# --- person ----------------------------------------------------------------------------------------------------
+# --- person ---
 
 
 def _tex(d: Draw, female: bool, age: float) -> Tensor:
-    """The head's albedo numbers: skin from very light to very dark about evenly, hair as dark as goes with it."""
+    """The head's albedo numbers: skin evenly from very light to very dark, hair to go with it."""
     melanin = d.uniform(-2.2, 2.2)
     dark = max(0.0, min(1.0, melanin / 2.2))
     hair = d.normal(1).item() + 1.6 * dark
@@ -301,10 +301,11 @@ def _hair(d: Draw, female: bool, age: float, tightly: float) -> dict:
     way = (
         d.pick(back=0.3, crown=0.4, side=0.3) if style in ("buzz", "short") else d.pick(crown=0.35, side=0.65)
     )
+    bald_type = not female and age > 0.3 and style in ("buzz", "short")
     return dict(
         hair=float(style != "bald"),
         hairline=0.04 * d.normal(1).item() + (0 if female else age * d.uniform(0.0, 0.45)),
-        horseshoe=d.uniform(0.3, 1.0) * (not female and age > 0.3 and style in ("buzz", "short") and d.chance(0.35)),
+        horseshoe=d.uniform(0.3, 1.0) * d.chance(0.35) * bald_type,
         fringe=d.uniform(0.25, 0.75) * d.chance(0.22 if female else 0.15) * (volume > 0.08),
         volume=volume,
         length=length,
@@ -340,7 +341,7 @@ def _face_paint(d: Draw, female: bool, age: float) -> dict:
 
 
 def sample_person(seed: int, sizes) -> dict:
-    """One identity; sizes: the head's HeadSizes. The colour of the hair follows from the head's albedo later."""
+    """One identity; sizes: the head's HeadSizes. The hair's colour follows from the head's albedo later."""
     d = Draw(seed, "person")
     female = d.chance(0.5)
     age = d.uniform() ** 1.2

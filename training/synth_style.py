@@ -47,7 +47,7 @@ def grid_faces(rows: int, columns: int, start: int, closed: bool = False) -> Ten
     return quad.reshape(-1, 3) + start
 
 
-# --- hair --------------------------------------------------------------------------------------------------------
+# --- hair ---
 
 LINE = (
     [0, 25, 42, 55, 66, 74, 80, 92, 105, 120, 180],
@@ -79,7 +79,7 @@ def hairline(q: Tensor, person: Person | None = None, jitter: Tensor | float = 0
 
 
 def thickness(q: Tensor, beard: Tensor, person: Person) -> Tensor:
-    """Height of the shell above the skin [B,N] in eye distances, for q [N,3] and the head's beard mask [N]."""
+    """Height of the shell above the skin [B,N], eye distances; q [N,3], beard [N] the head's mask."""
     b = len(person)
     p = q[None].expand(b, -1, -1)
     margin = hairline(p, person)
@@ -103,7 +103,7 @@ CURTAIN = (14, 44)  # rows down, columns around
 
 
 def curtain(person: Person) -> tuple[Tensor, Tensor]:
-    """Hanging hair: points [B,R*C,3] in canonical space and [B,R*C,4]: angle, height, 1, distance from the edge.
+    """Hanging hair: points [B,R*C,3], canonical, and [B,R*C,4]: angle, height, 1, distance from the edge.
 
     A sheet around the back of the head from temple to temple, hugging the skull above and falling
     below; its front edge moves forward on the way down. Heads without long hair get it folded into a point.
@@ -141,7 +141,7 @@ def curtain(person: Person) -> tuple[Tensor, Tensor]:
     return torch.where(worn, p, p.new_tensor([0.0, 0.5, -1.1])), around
 
 
-# --- bust and glasses ----------------------------------------------------------------------------------------------
+# --- bust and glasses ---
 
 BUST = (10, 36)
 
