@@ -1,10 +1,11 @@
 """A rasteriser in plain PyTorch: which face is seen at each pixel, and where on that face.
 
-Convention: points are in image space, x right, y down, z away from the viewer, [-1, 1] over the picture in
-both directions. Column c has its centre at x = -1 + (2c + 1) / W, row r at y = -1 + (2r + 1) / H. The smallest z wins.
+Convention: points are in image space, x right, y down, z away from the viewer, [-1, 1] over the picture
+in both directions. Column c has its centre at x = -1 + (2c + 1) / W, row r at y = -1 + (2r + 1) / H. The
+smallest z wins.
 
-The arithmetic follows pytorch3d's `rasterize_meshes` as DECA calls it (blur_radius 0, one face a pixel, affine
-depth, no culling) to the last bit, so that its pixels are DECA's pixels:
+The arithmetic follows pytorch3d's `rasterize_meshes` as DECA calls it (blur_radius 0, one face a pixel,
+affine depth, no culling) to the last bit, so that its pixels are DECA's pixels:
 
 - a face covers a pixel centre that lies strictly inside; edges and vertices belong to no face;
 - the barycentrics are divided by the doubled area + 1e-8 and not renormalised: they do not quite sum to 1;
@@ -23,7 +24,8 @@ from torch import Tensor
 
 EPS = 1e-8
 TILE = 64  # px, the largest window
-CHUNK = 1 << 16  # pixels tested at once: about what the cache of a core holds
+CHUNK = 1 << 15  # pixels worked on at once
+COST = 1 << 13  # pixels whose test takes as long as starting one more pass
 HIDDEN = 1e38  # added to the depth where a face does not cover a pixel
 FAR = 1e25  # makes an edge function negative whatever the face
 EMPTY = 0x7CF0BDC2 << 32  # key of an empty pixel: depth 1e37
@@ -64,7 +66,8 @@ def rasterize(verts: Tensor, faces: Tensor, size: tuple[int, int], backend: str 
         raise ValueError(f"unknown rasteriser '{backend}': choose auto, torch or pytorch3d")
     h, w = size
     verts = verts.detach().float()
-    # the shorter side spans [-1, 1]: scale the longer one as DECA's wrapper does (a tensor divides exactly on every device)
+    # the shorter side spans [-1, 1]: scale the longer one as DECA's wrapper does. By a tensor: CUDA
+    # multiplies by the rounded inverse of a number
     if w > h:
         verts = torch.stack([verts[..., 0] * w / verts.new_tensor(h), verts[..., 1], verts[..., 2]], -1)
     elif h > w:
@@ -97,14 +100,18 @@ def blend(fragments: Fragments, planes: Tensor, f: int) -> Tensor:
     """The work of `interpolate`. planes [3,D,B*F] or [3,D,F]: values per corner; f: faces of one item."""
     b, h, w = fragments.pix_to_face.shape
     _, d, n = planes.shape
-    seen = (fragments.pix_to_face.reshape(-1) >= 0).nonzero().squeeze(1)
-    face = fragments.pix_to_face.reshape(-1).index_select(0, seen)
-    if n > f:
-        face = face + seen.div(h * w, rounding_mode="floor") * f
-    corner = planes.reshape(3 * d, n).index_select(1, face).reshape(3, d, -1)
-    weight = fragments.bary.reshape(-1, 3).t().index_select(1, seen)
-    value = corner[0] * weight[0] + corner[1] * weight[1] + corner[2] * weight[2]
-    return value.new_zeros(d, b * h * w).index_copy(1, seen, value).reshape(d, b, h, w).transpose(0, 1)
+    face = fragments.pix_to_face.reshape(b, -1)
+    weights = fragments.bary.permute(3, 0, 1, 2).reshape(3, -1)
+    out = planes.new_zeros(d, b * h * w)
+    for item, pixel in (v.unbind(1) for v in (face >= 0).nonzero().split(_step(face))):
+        pixel = item * (h * w) + pixel
+        index = face.reshape(-1).index_select(0, pixel)
+        if n > f:
+            index = index + item * f
+        w0, w1, w2 = weights.index_select(1, pixel)
+        c0, c1, c2 = planes.reshape(3 * d, n).index_select(1, index).reshape(3, d, -1)
+        out.index_copy_(1, pixel, c0 * w0 + c1 * w1 + c2 * w2)
+    return out.reshape(d, b, h, w).transpose(0, 1)
 
 
 def face_corners(values: Tensor, faces: Tensor) -> Tensor:
@@ -139,19 +146,19 @@ def _rasterize_torch(verts: Tensor, faces: Tensor, size: tuple[int, int], chunk:
     h, w = size
     b, f = len(verts), faces.shape[-2]
     dev = verts.device
-    chunk = max(chunk or (CHUNK if dev.type == "cpu" else 16 * CHUNK), TILE * TILE)
+    chunk = max(chunk or _step(verts), TILE * TILE)
     centres = _centres(w, min(h, w)).to(dev), _centres(h, min(h, w)).to(dev)
     corner = corner_planes(verts, faces)
     table = _table(corner)
-    windows, groups = _group(_cut(_windows(corner, table[6], centres, f)), chunk // 2)
+    windows, groups = _group(_cut(_windows(corner, table[6], centres, f)), COST)
     face, item, top, left, rows, cols = windows
     pixel = (item * h + top) * w + left
     ordered = torch.cat([table.index_select(1, face), rows[None], cols[None]])
 
     # an empty pixel: depth 1e37 and the face before the item's first one
     first = f * torch.arange(b, device=dev)
-    key = (first[:, None] + (EMPTY - 1)).expand(b, h * w).reshape(-1)
-    key = F.pad(key, (0, TILE * (w + 1)), value=EMPTY)
+    key = torch.empty(b * h * w + TILE * (w + 1), dtype=torch.int64, device=dev)
+    key[: b * h * w].view(b, -1).copy_(first[:, None] + (EMPTY - 1))
     padded = [F.pad(c, (0, TILE)) for c in centres]
     # fresh memory costs more than the arithmetic: reuse it
     scratch = verts.new_empty(4 * chunk), torch.empty(2 * chunk, dtype=torch.int64, device=dev)
@@ -161,7 +168,7 @@ def _rasterize_torch(verts: Tensor, faces: Tensor, size: tuple[int, int], chunk:
             part = slice(a, min(a + step, end))
             at = face[part], pixel[part], top[part], left[part]
             _draw(key, ordered[:, part], at, (kr, kc), w, padded, scratch)
-    return _resolve(key[: b * h * w].reshape(b, h, w), table, first, centres)
+    return _resolve(key[: b * h * w].view(b, h, w), table[:7], first, centres)
 
 
 def _centres(n: int, side: int) -> Tensor:
@@ -174,7 +181,7 @@ def _centres(n: int, side: int) -> Tensor:
 def _table(corner: Tensor) -> Tensor:
     """Rows of [16,N] per face; edge k lies opposite to corner k.
 
-    0-2 and 3-5 x and y of the edges' starts, 6 doubled area + 1e-8, 7-9 and 10-12 x and y of the edges, 13-15 z.
+    0-2, 3-5: x and y of the edges' starts; 6: doubled area + 1e-8; 7-9, 10-12: x and y of the edges; 13-15: z.
     """
     start = corner[:, :2].transpose(0, 1).roll(-1, 1)
     edge = start.roll(-1, 1) - start
@@ -186,7 +193,7 @@ def _table(corner: Tensor) -> Tensor:
 
 
 def _windows(corner: Tensor, area: Tensor, centres: tuple[Tensor, Tensor], f: int) -> Tensor:
-    """The faces to draw and the pixels of their bounding boxes, [6,n]: face, item, top, left, rows, columns."""
+    """The faces to draw and their bounding boxes in pixels, [6,n]: face, item, top, left, rows, columns."""
     low = torch.minimum(torch.minimum(corner[0], corner[1]), corner[2])
     high = torch.maximum(torch.maximum(corner[0], corner[1]), corner[2])
     (x0, y0), (x1, y1), (x2, y2) = corner[:, :2].unbind()
@@ -216,11 +223,11 @@ def _span(low: Tensor, high: Tensor, centres: Tensor, side: int) -> tuple[Tensor
 
 def _cut(windows: Tensor) -> Tensor:
     """Cut windows [6,N] into tiles of at most TILE x TILE, which bounds the memory of large faces."""
+    if not (windows[4:] > TILE).any():
+        return windows
     face, item, top, left, rows, cols = windows
     ny, nx = (v.add(TILE - 1).div(TILE, rounding_mode="floor") for v in (rows, cols))
     owner = torch.repeat_interleave(ny * nx)
-    if len(owner) == len(face):
-        return windows
     face, item, top, left, rows, cols = windows.index_select(1, owner)
     i = torch.arange(len(owner), device=owner.device) - ((ny * nx).cumsum(0) - ny * nx)[owner]
     y = i.div(nx[owner], rounding_mode="floor")
@@ -259,7 +266,7 @@ def _group(windows: Tensor, cost: int) -> tuple[Tensor, list[tuple[int, int, int
 
 
 def _levels(sizes, cost: int) -> dict[int, int]:
-    """Round sizes up to few levels. sizes: (size, pixels that one more in size adds); cost: pixels of a level."""
+    """Round sizes up to few levels. sizes: (size, pixels that one more in size adds); cost of a level."""
     weight: dict[int, int] = {}
     for size, pixels in sizes:
         weight[size] = weight.get(size, 0) + pixels
@@ -275,7 +282,8 @@ def _levels(sizes, cost: int) -> dict[int, int]:
 def _draw(key: Tensor, table: Tensor, at, shape: tuple[int, int], w: int, centres, scratch) -> None:
     """Test n faces against windows of one shape; keep the nearest of each pixel in key.
 
-    table [18,n]: the faces' rows of `_table`, rows and columns of their bounding boxes; at: face, pixel, top, left [n].
+    table [18,n]: the faces' rows of `_table`, then rows and columns of their bounding boxes;
+    at: four [n], face, pixel, top, left.
     """
     # the longer axis goes innermost: [kr,kc,n] for many faces, [n,kr,kc] for few
     few = table.shape[1] < shape[1]
@@ -323,20 +331,23 @@ def _resolve(key: Tensor, table: Tensor, first: Tensor, centres: tuple[Tensor, T
     """Fragments of the nearest faces, key [B,H,W]; the barycentrics computed anew for the seen pixels."""
     b, h, w = key.shape
     covered = key < EMPTY - 1
-    seen = covered.reshape(-1).nonzero().squeeze(1)
-    face = key.reshape(-1).index_select(0, seen).bitwise_and_(0xFFFFFFFF)
-    t = table[:7].index_select(1, face)
-    start = t[:6].reshape(2, 3, -1)
-    edge = start.roll(-1, 1).sub_(start)
-    p = torch.stack(
-        [c.expand(b, h, w).reshape(-1).index_select(0, seen) for c in (centres[0], centres[1][:, None])]
-    )
-    x, y = p[:, None] - start
-    weight = x.mul_(edge[1]).sub_(y.mul_(edge[0])).div_(t[6])
-    bary = weight.new_full((3, b * h * w), -1.0).index_copy_(1, seen, weight).reshape(3, b, h, w)
+    bary = table.new_full((3, b * h * w), -1.0)
+    at_x, at_y = (c.expand(h, w).reshape(-1) for c in (centres[0], centres[1][:, None]))
+    for item, at in (v.unbind(1) for v in covered.reshape(b, -1).nonzero().split(_step(key))):
+        pixel = item * (h * w) + at
+        t = table.index_select(1, key.reshape(-1).index_select(0, pixel).bitwise_and_(0xFFFFFFFF))
+        start = t[:6].reshape(2, 3, -1)
+        edge = start.roll(-1, 1).sub_(start)
+        x, y = at_x.index_select(0, at) - start[0], at_y.index_select(0, at) - start[1]
+        bary.index_copy_(1, pixel, x.mul_(edge[1]).sub_(y.mul_(edge[0])).div_(t[6]))
     low, high = key.view(torch.int32).reshape(b, h, w, 2).unbind(-1)  # little-endian
     z = torch.where(covered, high.view(torch.float32), -1.0)
-    return Fragments(low - first[:, None, None], z, bary.permute(1, 2, 3, 0))
+    return Fragments(low - first[:, None, None], z, bary.reshape(3, b, h, w).permute(1, 2, 3, 0))
+
+
+def _step(like: Tensor) -> int:
+    """Pixels to work on at once: what the cache of a core holds, or enough to keep a GPU busy."""
+    return CHUNK if like.device.type == "cpu" else 64 * CHUNK
 
 
 def _has_pytorch3d() -> bool:
