@@ -4,7 +4,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..rig_core import buffers
-from ..rig_core.face import cat
+from ..rig_core.face import Buffers
 from . import host, sockets
 
 
@@ -59,7 +59,7 @@ class RenderBuffers(io.ComfyNode):
         for part in parts:
             made.append(host.result(buffers.render(head, face_code[part].to(host.device()), size or None)))
             progress.step(made[-1].rendered * 2 - 1)
-        b = cat(made)
+        b = Buffers(*map(torch.cat, zip(*(vars(m).values() for m in made), strict=True)))
         shown = [b.rendered, b.normal * 0.5 + 0.5, b.albedo, b.shading * b.mask * 0.5]
         rows = host.image(torch.cat([x[:4] for x in shown], 3))
         return io.NodeOutput(b, *map(host.image, shown), host.mask(b.mask), ui=ui.PreviewImage(rows, cls=cls))

@@ -146,7 +146,7 @@ class DDIMInvert(io.ComfyNode):
         fresh = _random(seed, 1, height, width)
         where = torch.zeros(1, 1, 1, 1) if hidden is None else host.mask_pictures(hidden, "hidden", height)
         where = host.repeat(where, n, "hidden").to(x)
-        parts = host.chunks(n, height, width)
+        parts = host.batches(model, n, height, width)
         progress, schedule = host.Progress(2 * steps * len(parts)), _schedule(steps, spacing)
         step, noise, before = progress.callback, [], []
         for p in parts:
@@ -211,7 +211,7 @@ class ConditionedSample(io.ComfyNode):
         )
         x_T = host.repeat(start, n, "noise").to(host.device())
         generator = torch.Generator().manual_seed(seed + 1)  # of the steps of ddpm
-        parts = host.chunks(n, height, width)
+        parts = host.batches(model, n, height, width)
         progress, schedule = host.Progress(steps * len(parts)), _schedule(steps, spacing)
         made = []
         for p in parts:

@@ -84,12 +84,11 @@ class AlignFace(io.ComfyNode):
         else:
             points = landmark_fit.check_landmarks(landmarks).to(x.device)
             x = host.repeat(x, len(points), "photo")
-            found = torch.ones(len(points), dtype=torch.bool)
+            found = torch.ones(len(points), dtype=torch.bool, device=x.device)
         crop = align.ffhq_crop(points, size)
-        out = host.image(crop.apply(x))
-        return io.NodeOutput(
-            out, sockets.Aligned(crop, found), crop.apply_points(points), ui=ui.PreviewImage(out[:4], cls=cls)
-        )
+        out, aligned = host.image(crop.apply(x)), host.result(crop.apply_points(points))
+        where = sockets.Aligned(host.result(crop), host.result(found))
+        return io.NodeOutput(out, where, aligned, ui=ui.PreviewImage(out[:4], cls=cls))
 
 
 class FitToLandmarks(io.ComfyNode):
@@ -216,7 +215,8 @@ class PasteBack(io.ComfyNode):
         before = each(None if before is None else host.pictures(before, "before"), "before")
         mask = each(None if mask is None else host.mask_pictures(mask, "mask", size), "mask")
         motion = each(None if motion is None else motion.to(host.device()), "motion")
-        crops, found = host.repeat(crop.crop, n, "crop").resized(size), crop.found.expand(n)
+        crops = host.repeat(crop.crop, n, "crop").resized(size).to(host.device())
+        found = crop.found.expand(n)
         out = []
         for i, x in enumerate(photos):
             face = new[i : i + 1]

@@ -143,7 +143,10 @@ def _pil(x: Tensor) -> Image.Image:
 
 def chunks(n: int, height: int, width: int) -> list[slice]:
     """Slices over a batch so that about a megapixel is in work at a time."""
-    step = max(1, 2**20 // (height * width))
+    return _slices(n, max(1, 2**20 // (height * width)))
+
+
+def _slices(n: int, step: int) -> list[slice]:
     return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
 
@@ -213,7 +216,7 @@ class _Config(comfy.supported_models_base.BASE):
         "timesteps": 1000,
     }
     supported_inference_dtypes = [torch.float32]
-    memory_usage_factor = 0.1
+    memory_usage_factor = 0.1  # of the published width, 128
 
 
 class _Denoiser(nn.Module):
@@ -239,6 +242,7 @@ class RigModel(comfy.model_base.BaseModel):
         config = _Config({"disable_unet_model_creation": True})
         super().__init__(config, comfy.model_base.ModelType.EPS, device=device)
         self.diffusion_model = _Denoiser(rig)
+        self.memory_usage_factor *= rig.config.width / 128
         self.meta = meta
 
     def extra_conds(self, **kwargs):
@@ -258,8 +262,16 @@ def loaded_rig(model) -> nn.Module:
     """The DiffusionRig inside a MODEL, on the working device. Raises ValueError for another kind of MODEL."""
     if not isinstance(getattr(model, "model", None), RigModel):
         raise ValueError("'model' is not a DiffusionRig: connect the MODEL of Load DiffusionRig")
-    mm.load_models_gpu([model])
-    return model.model.diffusion_model.rig
+    rig = model.model.diffusion_model.rig
+    size = rig.config.image_size
+    mm.load_models_gpu([model], memory_required=model.model.memory_required([1, 3, size, size]))
+    return rig
+
+
+def batches(model, n: int, height: int, width: int) -> list[slice]:
+    """Slices over a batch of pictures that fit into half of the free memory, 16 at the most."""
+    one = model.model.memory_required([1, 3, height, width])
+    return _slices(n, int(min(16, max(1, mm.get_free_memory(device()) / 2 // max(one, 1)))))
 
 
 def conditioning(condition: RigCondition) -> list:

@@ -141,7 +141,8 @@ def _model_management(host: Host):
         "get_torch_device": lambda: cpu,
         "intermediate_device": lambda: cpu,
         "unet_offload_device": lambda: cpu,
-        "load_models_gpu": lambda models: host.loaded.extend(models),
+        "load_models_gpu": lambda models, memory_required=0: host.loaded.extend(models),
+        "get_free_memory": lambda device: 2**32,
         "throw_exception_if_processing_interrupted": throw_exception_if_processing_interrupted,
     }
 
@@ -176,6 +177,10 @@ class BaseModel(torch.nn.Module):
         super().__init__()
         assert model_config.unet_config.get("disable_unet_model_creation")
         self.model_config = model_config
+        self.memory_usage_factor = model_config.memory_usage_factor
+
+    def memory_required(self, input_shape):
+        return input_shape[0] * input_shape[2] * input_shape[3] * 0.15 * self.memory_usage_factor * 2**20
 
 
 @dataclass

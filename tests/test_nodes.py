@@ -423,6 +423,43 @@ def test_one_photo_under_several_lights_is_a_batch(pack, head, model, face):
     )  # the same noise for all, and no picture is lost
 
 
+def test_long_batches_go_in_parts_and_come_out_whole(pack, head, model, face, monkeypatch):
+    image, code = face[0].expand(3, -1, -1, -1), face[3].expand(3)
+    points = face[2].expand(3, -1, -1)
+    lights = torch.stack(
+        [head.light_mean, head.light_mean + head.light_std, head.light_mean - head.light_std]
+    )
+
+    def run():
+        fitted = pack.run("FitToLandmarks", face_model=head, image=image, landmarks=points)[0]
+        lit = pack.run("SHLightEdit", face_model=head, face_code=code, light=lights)[0]
+        buffers = pack.run("RenderBuffers", face_model=head, face_code=lit)[0]
+        cond = pack.run("DiffusionRigCondition", model=model, image=image, buffers=buffers)[0]
+        how = {"model": model, "conditioning": cond, "steps": 2}
+        noise, before = pack.run("DDIMInvert", image=image, **how)
+        painted = pack.run("ConditionedSample", noise=noise, **how)[0]
+        return fitted.shape, fitted.light, buffers.stack(), noise["samples"], before, painted
+
+    whole = run()
+    host = pack.nodes_module.host
+    monkeypatch.setattr(host, "chunks", lambda n, *_: host._slices(n, 2))
+    monkeypatch.setattr(host, "batches", lambda model, n, *_: host._slices(n, 2))
+    for a, b in zip(run(), whole, strict=True):
+        assert len(a) == 3
+        torch.testing.assert_close(a, b, atol=2e-3, rtol=1e-3)
+
+
+def test_the_batch_fits_the_memory(pack, model):
+    host = pack.nodes_module.host
+    one = model.model.memory_required([1, 3, 512, 512])
+    assert one == pytest.approx(512 * 512 * 0.15 * 0.1 * 32 / 128 * 2**20)
+    want = min(16, int(2**32 / 2 // one))  # the double has 4 GiB free
+    assert [s.stop - s.start for s in host.batches(model, 5, 512, 512)] == [want] * (5 // want) + [
+        5 % want
+    ] * (5 % want > 0)
+    assert host.batches(model, 40, 64, 64) == [slice(0, 16), slice(16, 32), slice(32, 40)]
+
+
 def test_move_photo_without_an_edit_changes_nothing_and_a_turn_hides_a_cheek(pack, head, scene, face):
     image, _, _, code = face
     moved, hidden, _ = pack.run("MovePhoto", face_model=head, image=image, source=code, target=code)
