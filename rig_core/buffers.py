@@ -67,10 +67,10 @@ def geometry(head, code: FaceCode, size=None) -> tuple[Fragments, Tensor, Tensor
     code.require_head(head.name)
     verts = head.verts(code.shape, code.exp, code.pose)
     fragments = rasterize_head(to_image(verts, code), head.faces, _size(code, size))
-    normals = raster.face_corners(raster.vertex_normals(verts, head.faces), head.faces)
-    uv = head.uv[head.uv_faces.long()] * head.uv.new_tensor([2.0, -2.0]) + head.uv.new_tensor([-1.0, 1.0])
-    corners = torch.cat([normals, uv.to(normals).expand(len(verts), -1, -1, -1)], -1)
-    image = raster.interpolate(fragments, corners)
+    normals = raster.corner_planes(raster.vertex_normals(verts, head.faces), head.faces)
+    uv = head.uv.to(normals) * head.uv.new_tensor([2.0, -2.0]) + head.uv.new_tensor([-1.0, 1.0])
+    uv = raster.corner_planes(uv[None], head.uv_faces).repeat(1, 1, len(verts))
+    image = raster.blend(fragments, torch.cat([normals, uv], 1), len(head.faces))
     return fragments, image[:, :3], image[:, 3:]
 
 

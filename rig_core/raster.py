@@ -181,7 +181,8 @@ def _centres(n: int, side: int) -> Tensor:
 def _table(corner: Tensor) -> Tensor:
     """Rows of [16,N] per face; edge k lies opposite to corner k.
 
-    0-2, 3-5: x and y of the edges' starts; 6: doubled area + 1e-8; 7-9, 10-12: x and y of the edges; 13-15: z.
+    0-2, 3-5: x and y of the edges' starts; 6: doubled area + 1e-8; 7-9, 10-12: x and y of the edges;
+    13-15: z.
     """
     start = corner[:, :2].transpose(0, 1).roll(-1, 1)
     edge = start.roll(-1, 1) - start
