@@ -9,6 +9,7 @@ Every part has its own seed, so the same person can be had under another light, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import time
@@ -206,7 +207,6 @@ def frame(head, person, pose, camera, size: int) -> tuple[FaceCode, Tensor]:
 def _chunk(job: tuple[list[int], int, int]) -> tuple[Tensor, FaceCode, list[int]]:
     """Portraits for the numbers of one shard: 8-bit pictures, codes, person seeds. For a worker process."""
     numbers, size, each = job
-    torch.set_num_threads(1)
     persons = [n // each for n in numbers]
     batch = render(numbers, size, person=[2**20 + p for p in persons] if each > 1 else None)
     return (batch.image * 255).round().to(torch.uint8), batch.code, persons
@@ -218,18 +218,16 @@ def write(folder: Path, count: int, size: int, seed: int, each: int, workers: in
     numbers = [n for n in range(seed, seed + count) if f"synth-{n:07d}" not in done]
     jobs = [(numbers[i : i + shard], size, each) for i in range(0, len(numbers), shard)]
     start, made = time.monotonic(), 0
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for (batch, _, _), (images, code, persons) in zip(jobs, pool.map(_chunk, jobs)):
+    with contextlib.ExitStack() as stack:
+        run = map
+        if workers > 1:
+            context = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,))
+            run = stack.enter_context(pool).map
+        for (batch, _, _), (images, code, persons) in zip(jobs, run(_chunk, jobs)):
             names = [f"synth-{n:07d}" for n in batch]
-            data.append(
-                folder,
-                names,
-                images,
-                code,
-                kind="png",
-                tags=("synth",),
-                person=[f"synth-{p}" for p in persons],
-            )
+            people = [f"synth-{p}" for p in persons]
+            data.append(folder, names, images, code, kind="png", tags=("synth",), person=people)
             made += len(batch)
             rate = made / (time.monotonic() - start)
             left = (len(numbers) - made) / rate / 60

@@ -60,7 +60,7 @@ def _segment(x: Tensor, y: Tensor, a: tuple, b: tuple) -> Tensor:
 
 
 def wrinkles(q: Tensor, wobble: Tensor, age: float, smile: float) -> Tensor:
-    """Depth of the folds of age [N], 0..1: forehead, crow's feet, nose to mouth, below the eyes, at the brows."""
+    """Depth of the folds of age [N]: forehead, crow's feet, nose to mouth, below the eyes, at the brows."""
     x, y = q[:, 0].abs(), q[:, 1] + 0.025 * wobble
     front = smooth(q[:, 2], -0.75, -0.3)
     fold = torch.exp(-((_segment(x, y, (0.27, -0.62), (0.52, -1.0)) / 0.035) ** 2)) * (0.45 + 0.3 * smile)

@@ -154,7 +154,7 @@ def exposure(light: Tensor, bare: Tensor, camera: Camera) -> Tensor:
 
 
 def hair(s: Stage, below: Part) -> tuple[Tensor, Tensor]:
-    """Hair and beard in front of `below`: radiance times opacity, [1,3,side,side], and opacity [1,1,side,side].
+    """Hair and beard in front of `below`: radiance times opacity [1,3,side,side], opacity [1,1,side,side].
 
     Two sheets, since both let light through at their edges: first what grows on the head and hangs behind it,
     then the hair that falls before the ears.
