@@ -25,6 +25,8 @@ PINS = (
     "safetensors==0.8.0",
     "pillow==13.0.0",
     "tqdm==4.70.1",
+    "kornia==0.9.0",
+    "matplotlib==3.11.2",
     "pytest==9.2.0",
     "hypothesis==6.170.15",
     "ruff==0.17.5",

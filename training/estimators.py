@@ -1,7 +1,7 @@
 """Train and measure the small estimators that come with the pack.
 
 python -m training.estimators landmarks --faces DIR [--synth DIR] --out landmarks.safetensors
-python -m training.estimators evaluate --faces DIR [--portraits DIR] [--model FILE]
+python -m training.estimators evaluate --faces DIR [--portraits DIR] [--synth DIR] [--model FILE]
 """
 
 from __future__ import annotations
@@ -208,6 +208,10 @@ def evaluate(args: argparse.Namespace) -> str:
     sets["  turned by 25 degrees"] = [rotated(*p, 25.0) for p in plain]
     small = zip(held.levels[2], (held.points + 0.5) / 4 - 0.5)
     sets["  at 64 px"] = [(image[None].float() / 255, points) for image, points in small]
+    if args.synth:
+        drawn = fc.load_synth(args.synth, args.synth_limit)
+        plain = [(image[None].float() / 255, points) for image, points in zip(drawn.levels[0], drawn.points)]
+        sets[f"renders ({len(plain)})"] = plain
     if args.portraits:
         for path in sorted(args.portraits.glob("*.json")):
             record = json.loads(path.read_text())
@@ -248,8 +252,9 @@ def main() -> None:
     p = commands.add_parser("evaluate", help="print the error table")
     p.add_argument("--faces", type=Path, required=True)
     p.add_argument("--portraits", type=Path, help="photos with a JSON of landmarks each")
-    p.add_argument("--model", type=Path)
-    p.add_argument("--threads", type=int)
+    p.add_argument("--synth", type=Path, help="renders that were not trained on")
+    p.add_argument("--synth-limit", type=int, default=100)
+    p.add_argument("--model", type=Path, help="default: the one that comes with the pack")
     args = parser.parse_args()
     train_landmarks(args) if args.command == "landmarks" else evaluate(args)
 
