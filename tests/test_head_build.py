@@ -33,13 +33,13 @@ def test_pca_recovers_modes_with_unit_variance():
         np.linalg.qr(rng.standard_normal((60, 4)))[0].T.reshape(4, 20, 3)
         * np.array([4, 2, 1, 0.05])[:, None, None]
     )
-    x = np.einsum("nk,kvd->nvd", rng.standard_normal((4000, 4)), true)
+    x = np.einsum("nk,kvd->nvd", rng.standard_normal((500, 4)), true)
     modes, share = head.pca(x, np.ones(20), 0.99, 10)
     assert len(modes) == 3 and share[2] >= 0.99 > share[1]
     size = np.linalg.norm(modes.reshape(3, -1), axis=1)
-    np.testing.assert_allclose(size, [4, 2, 1], rtol=0.05)
+    np.testing.assert_allclose(size, [4, 2, 1], rtol=0.12)
     coefficients = np.linalg.lstsq(modes.reshape(3, -1).T, x.reshape(len(x), -1).T, rcond=None)[0]
-    np.testing.assert_allclose(coefficients.std(1), 1, atol=0.02)
+    np.testing.assert_allclose(np.sqrt((coefficients**2).mean(1)), 1, atol=0.01)
 
 
 def test_pca_regresses_what_has_no_weight():
@@ -110,9 +110,9 @@ def test_rasterize_uv_interpolates():
 
 def test_openness_of_a_ball_and_a_cave():
     p, f = sphere(300)
-    assert head_albedo.openness(p, f, 60).min() > 0.85
-    inside = head_albedo.openness(p, f[:, ::-1], 60)  # normals turned inwards: nothing of the sky is seen
-    assert inside.max() < 0.05
+    assert head_albedo.openness(p, f, 16).min() > 0.85
+    inside = head_albedo.openness(p, f[:, ::-1], 16)  # normals turned inwards: nothing of the sky is seen
+    assert inside.max() < 0.1 and inside.mean() < 0.02
 
 
 def test_close_lips():

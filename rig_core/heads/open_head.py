@@ -93,7 +93,9 @@ class OpenHead(nn.Module):
         x = template + (torch.cat([shape, exp], 1) @ modes).view(len(shape), len(template), 3)
         joints = self.joints + torch.einsum("bs,sjd->bjd", shape, self.joint_modes)
         turn = axis_angle_to_matrix(pose[:, 3:6])
-        swing = (x - joints[:, None, 0]) @ (turn - torch.eye(3).to(turn)).transpose(1, 2)
+        swing = (x - joints[:, None, 0]) @ (
+            turn - torch.eye(3, dtype=turn.dtype, device=turn.device)
+        ).transpose(1, 2)
         x = x + self.jaw_weight[rows, None] * swing
         # what the hinge leaves of the scanned open mouth, linear in the sine as FLAME's pose correctives
         open_ = turn[:, 2, 1] / torch.sin(self.jaw_open_angle)
