@@ -50,6 +50,8 @@ class Template:
     coarse: Tensor  # [C,V] sparse: averages of clusters of skin vertices, the shadow casters
     coarse_faces: Tensor
     coarse_high: Tensor  # rows of coarse above the neck
+    tuft: Tensor  # [D,N] sparse: the same for the shell of hair
+    tuft_faces: Tensor
     rigid: Tensor  # [N] vertices that follow the skull, with the pseudo-inverse of [q,1]
     rigid_inverse: Tensor
     scalp_map: Tensor  # [1,1,h,w] of the texture
@@ -64,9 +66,13 @@ class Template:
         return Template(**moved | {"head": copy.deepcopy(self.head).to(device)})  # a module moves in place
 
 
-def _clusters(q: Tensor, faces: Tensor, cell: float) -> tuple[Tensor, Tensor]:
-    """Vertex clustering (Rossignac and Borrel 1993): averaging matrix [C,V] and the triangles left."""
-    key = (q / cell).round().long()
+def _clusters(q: Tensor, faces: Tensor) -> tuple[Tensor, Tensor]:
+    """Vertex clustering (Rossignac and Borrel 1993): averaging matrix [C,V] and the triangles left.
+
+    Cells are small on the face, whose nose and lids throw shadows that are seen, and large elsewhere.
+    """
+    face = ((q[:, 2] > -0.55) & (q[:, 1] > -1.9) & (q[:, 1] < 0.7)).long()
+    key = torch.cat([(q / torch.where(face > 0, 0.09, 0.2)[:, None]).round().long(), face[:, None]], 1)
     _, group = torch.unique(key, dim=0, return_inverse=True)
     used = torch.zeros(len(q), dtype=torch.bool)
     used[faces.unique()] = True
@@ -122,7 +128,8 @@ def template(device: str = "cpu") -> Template:
     shell_faces = row[head.faces]
     shell_faces = shell_faces[(shell_faces >= 0).all(1)]
     sheet = grid_faces(*CURTAIN, len(shell)).flip(1)  # its columns run backwards
-    coarse, coarse_faces = _clusters(q, head_faces[(face_material == SKIN)], 0.10)
+    coarse, coarse_faces = _clusters(q, head_faces[(face_material == SKIN)])
+    tuft, tuft_faces = _clusters(q[shell], shell_faces)
     rigid = ((m["scalp"] > 0.9) | (skin & (q[:, 1].abs() < 0.6) & (q[:, 2] < -0.2))).nonzero()[:, 0]
     bust_start, frame_start = len(q), len(q) + BUST[0] * BUST[1]
     bust_faces = grid_faces(*BUST, bust_start, closed=True)
@@ -146,6 +153,8 @@ def template(device: str = "cpu") -> Template:
         veil=torch.cat([torch.zeros(len(shell_faces), dtype=torch.bool), _veil(sheet - len(shell))]),
         coarse=coarse,
         coarse_faces=coarse_faces,
+        tuft=tuft,
+        tuft_faces=torch.cat([tuft_faces, grid_faces(*CURTAIN, len(tuft))]),
         coarse_high=(torch.sparse.mm(coarse, q)[:, 1] > -2.0).nonzero()[:, 0],
         rigid=rigid,
         rigid_inverse=torch.linalg.pinv(torch.cat([q[rigid], torch.ones(len(rigid), 1)], 1)),
@@ -206,43 +215,68 @@ def assemble(t: Template, person: Person, shape: Tensor, exp: Tensor, pose: Tens
     normals = raster.vertex_normals(head, t.head.faces)
     beard = t.head.masks["beard"][t.shell]
     grow = thickness(t.q[t.shell], beard, person) * t.unit
-    sheet, around = curtain(person)
     shell = head[:, t.shell] + normals[:, t.shell] * grow[..., None]
-    hair = torch.cat([shell, place(sheet)], 1)
-    hair_q = torch.cat([t.q[t.shell].expand(b, -1, -1), sheet], 1)
-    hanging = torch.cat([around.new_zeros(b, len(t.shell), 4), around], 1)
-    wide_beard = torch.cat([beard.expand(b, -1), beard.new_zeros(b, sheet.shape[1])], 1)
-    present = growth(hair_q, wide_beard, hanging[..., 2], person) > -0.15
-    alive = present[torch.arange(b)[:, None, None], t.shell_faces].any(2)
-    hair_faces = _living(t.shell_faces, alive & ~t.veil)
-    veil_faces = _living(t.shell_faces, alive & t.veil)
+    sheet, around = curtain(person)
+    hung = place(sheet)
     # the bust stands under the neck and turns half as far as the head
-    base = place(t.q.new_tensor([[[0.0, -2.5, -1.55]]]))
     half = axis_angle_to_matrix(pose[:, :3] * pose.new_tensor([0.15, 0.4, 0.3]))
-    body = bust(person) * t.unit @ half.transpose(1, 2) + base
+    chest = bust(person)
+    body = chest * t.unit @ half.transpose(1, 2) + place(t.q.new_tensor([[[0.0, -2.5, -1.55]]]))
     rims = place(glasses(person))
-    verts = torch.cat([head, body, rims], 1)
-    nb, ng = body.shape[1], rims.shape[1]
-    body_faces = grid_faces(*BUST, 0, closed=True).to(body.device)
-    rim_faces = glasses_faces(0).to(body.device)
-    normals = torch.cat(
-        [normals, raster.vertex_normals(body, body_faces), raster.vertex_normals(rims, rim_faces)], 1
-    )
-    q = torch.cat([t.q.expand(b, -1, -1), bust(person), t.q.new_zeros(b, ng, 3)], 1)
-    coarse = torch.stack([torch.sparse.mm(t.coarse, h) for h in head])
-    dense = (growth(hair_q, wide_beard, hanging[..., 2], person) > 0.08) & (hair_q[..., 1] > -9)
-    solid = dense[torch.arange(b)[:, None, None], t.shell_faces].all(2)
-    n = coarse.shape[1]
-    caster_hair = _living(t.shell_faces + n + nb, solid)
-    fixed = torch.cat([t.coarse_faces, body_faces + n]).expand(b, -1, -1)
+    more = [(body, grid_faces(*BUST, 0, closed=True)), (rims, glasses_faces(0))]
+    normals = torch.cat([normals] + [raster.vertex_normals(v, f.to(v.device)) for v, f in more], 1)
+    q = torch.cat([t.q.expand(b, -1, -1), chest, torch.zeros_like(rims)], 1)
+    caster, caster_faces, scope = _casters(t, person, head, body, shell, sheet, hung, around)
     return Meshes(
-        verts=verts, normals=normals, q=q,
-        hair=hair, hair_normals=raster.vertex_normals(hair, torch.cat([hair_faces, veil_faces], 1)),
-        hair_faces=hair_faces, veil_faces=veil_faces, hair_q=hair_q,
-        hanging=hanging, beard=wide_beard, turn=F.normalize(fit[:, :3], dim=-1).transpose(1, 2),
-        caster=torch.cat([coarse, body, hair], 1), caster_faces=torch.cat([fixed, caster_hair], 1),
-        scope=_scope(coarse[:, t.coarse_high], hair[:, : len(t.shell)]),
-    )  # fmt: skip
+        verts=torch.cat([head, body, rims], 1),
+        normals=normals,
+        q=q,
+        turn=F.normalize(fit[:, :3], dim=-1).transpose(1, 2),
+        caster=caster,
+        caster_faces=caster_faces,
+        scope=scope,
+        **_hair(t, person, shell, sheet, hung, around, beard),
+    )
+
+
+def _hair(t: Template, person: Person, shell, sheet, hung, around, beard) -> dict[str, Tensor]:
+    """The fields of Meshes about hair. shell [B,N,3] and hung [B,R*C,3] posed, sheet [B,R*C,3] canonical."""
+    b = len(person)
+    hair = torch.cat([shell, hung], 1)
+    q = torch.cat([t.q[t.shell].expand(b, -1, -1), sheet], 1)
+    hanging = torch.cat([around.new_zeros(b, len(t.shell), 4), around], 1)
+    beard = torch.cat([beard.expand(b, -1), beard.new_zeros(b, sheet.shape[1])], 1)
+    alive = (growth(q, beard, hanging[..., 2], person) > -0.15)[:, t.shell_faces].any(-1)
+    faces, veil = _living(t.shell_faces, alive & ~t.veil), _living(t.shell_faces, alive & t.veil)
+    normals = raster.vertex_normals(hair, torch.cat([faces, veil], 1))
+    return dict(
+        hair=hair,
+        hair_normals=normals,
+        hair_faces=faces,
+        veil_faces=veil,
+        hair_q=q,
+        hanging=hanging,
+        beard=beard,
+    )
+
+
+def _casters(t: Template, person: Person, head, body, shell, sheet, hung, around):
+    """What throws shadows, coarser than what is seen, and of the hair only what is dense.
+
+    Returns vertices [B,C,3], faces [B,G,3] and the scope of the depth maps.
+    """
+    b = len(person)
+    coarse = torch.stack([torch.sparse.mm(t.coarse, h) for h in head])
+    both = torch.cat([shell, t.q[t.shell].expand(b, -1, -1)], 2)
+    tuft, tuft_q = torch.stack([torch.sparse.mm(t.tuft, h) for h in both]).split(3, 2)
+    beard = torch.sparse.mm(t.tuft, t.head.masks["beard"][t.shell][:, None])[:, 0]
+    beard = torch.cat([beard.expand(b, -1), around.new_zeros(b, sheet.shape[1])], 1)
+    hanging = torch.cat([tuft.new_zeros(b, tuft.shape[1]), around[..., 2]], 1)
+    dense = (growth(torch.cat([tuft_q, sheet], 1), beard, hanging, person) > 0.08)[:, t.tuft_faces].all(-1)
+    body_faces = grid_faces(*BUST, coarse.shape[1], closed=True).to(t.coarse_faces)
+    fixed = torch.cat([t.coarse_faces, body_faces]).expand(b, -1, -1)
+    faces = torch.cat([fixed, _living(t.tuft_faces + coarse.shape[1] + body.shape[1], dense)], 1)
+    return torch.cat([coarse, body, tuft, hung], 1), faces, _scope(coarse[:, t.coarse_high], tuft)
 
 
 def _veil(sheet: Tensor) -> Tensor:
