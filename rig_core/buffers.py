@@ -110,14 +110,14 @@ def cast_shadow(
 
     The whole mesh casts. Sides turned away from the light are in shadow too, with a short ramp.
     An orthographic depth map from the light; blocker search and percentage-closer filtering (Fernando 2005)
-    against the plane of the face at each pixel, so that a convex surface never shadows itself.
+    against the tangent plane at each pixel, so that a convex surface never shadows itself.
     """
     point, plane, facing, shadow_map = _from_light(verts, faces, fragments, light_dir, depth, resolution)
     soft = torch.as_tensor(softness, dtype=point.dtype, device=point.device).reshape(-1, 1, 1)
     bias, texel = 3.0 / resolution, 2.0 / resolution
 
     def taps(n: int, radius: Tensor):
-        """Height of the mesh above the face's plane, seen from the light, at n points of a disc."""
+        """Height of the mesh above the tangent plane, seen from the light, at n points of a disc."""
         for i in range(n):
             r, phi = math.sqrt((i + 0.5) / n), i * math.pi * (3 - 5**0.5)
             offset = torch.stack([radius * (r * math.cos(phi)), radius * (r * math.sin(phi))], -1)
@@ -127,11 +127,11 @@ def cast_shadow(
             yield point[..., 2] + (plane * offset).sum(-1) - seen[:, 0]
 
     total, count = torch.zeros_like(facing), torch.zeros_like(facing)
-    for height in taps(8, (soft + texel).expand_as(facing)):
+    for height in taps(12, (soft + texel).expand_as(facing)):
         blocked = (height > bias).to(height)
         total, count = total + height * blocked, count + blocked
     radius = (total / count.clamp_min(1) * soft).clamp_min(texel)
-    lit = sum((2 - height / bias).clamp(0, 1) for height in taps(16, radius)) / 16
+    lit = sum((2 - height / bias).clamp(0, 1) for height in taps(24, radius)) / 24
     lit = lit * (facing * 10).clamp(0, 1)
     return torch.where(fragments.pix_to_face < 0, 1, lit)[:, None]
 
@@ -140,14 +140,14 @@ def _from_light(verts, faces, fragments, light_dir, depth, resolution):
     """Each pixel as the light sees it, and the light's depth map.
 
     Light space: x, y of the map in [-1, 1] (y down), z away from the light, all in one unit.
-    Returns point [B,H,W,3], plane [B,H,W,2] (slope of the face's depth in x and y),
+    Returns point [B,H,W,3], plane [B,H,W,2] (slope of the tangent plane's depth in x and y),
     facing [B,H,W] (cosine of the smooth normal to the light), map [B,1,S,S].
     """
-    b, h, w = fragments.pix_to_face.shape
-    depth = torch.as_tensor(depth, dtype=verts.dtype, device=verts.device).reshape(-1).expand(b)
+    n, h, w = fragments.pix_to_face.shape
+    depth = torch.as_tensor(depth, dtype=verts.dtype, device=verts.device).reshape(-1).expand(n)
     unit = torch.stack([torch.full_like(depth, 1.0), torch.full_like(depth, -h / w), -depth], -1)
     world = (verts - verts.mean(1, keepdim=True)) * unit[:, None]
-    d = F.normalize(light_dir.to(verts).expand(b, 3), dim=-1)
+    d = F.normalize(light_dir.to(verts).expand(n, 3), dim=-1)
     up = torch.where(d[:, 1:2].abs() > 0.9, d.new_tensor([0.0, 0.0, 1.0]), d.new_tensor([0.0, 1.0, 0.0]))
     x = F.normalize(torch.linalg.cross(up, d), dim=-1)
     frame = torch.stack([x, -torch.linalg.cross(d, x), -d], 1)  # rows
@@ -157,19 +157,17 @@ def _from_light(verts, faces, fragments, light_dir, depth, resolution):
     z = raster.rasterize(view + view.new_tensor([0.0, 0.0, 2.0]), faces, (resolution, resolution)).zbuf
     shadow_map = torch.where(z < 0, 100.0, z - 2)[:, None]
 
-    corners = raster.face_corners(view, faces)
-    flat = torch.linalg.cross(corners[:, :, 1] - corners[:, :, 0], corners[:, :, 2] - corners[:, :, 0])
-    smooth = raster.face_corners(raster.vertex_normals(view, faces), faces)
+    a, b, c = raster.corner_planes(view, faces)
+    flat = torch.linalg.cross(b - a, c - a, dim=0).unflatten(1, (len(view), -1))
     # a face seen from behind is lit from behind
-    seen_from = torch.where(flat @ frame[:, :, 2:] < 0, -1.0, 1.0)
-    flat, smooth = flat * seen_from, smooth * seen_from[:, :, None]
-    slope = flat[..., :2] / (-flat[..., 2:]).clamp_min(1e-12)
-    # at grazing light the plane is nearly parallel to the rays: bound its slope
-    slope = slope * (50 / slope.norm(dim=-1, keepdim=True).clamp_min(50))
-    extra = torch.cat([slope, torch.ones_like(slope[..., :1])], -1)[:, :, None].expand(-1, -1, 3, -1)
-    image = raster.interpolate(fragments, torch.cat([corners, smooth, extra], -1)).permute(0, 2, 3, 1)
-    image = image / image[..., 8:].clamp_min(1e-6)  # the weights do not sum to 1
-    return image[..., :3], image[..., 6:8], -image[..., 5], shadow_map
+    side = torch.where(torch.einsum("bk,kbf->bf", frame[:, :, 2], flat) < 0, -1.0, 1.0).reshape(-1)
+    smooth = raster.corner_planes(raster.vertex_normals(view, faces), faces) * side
+    image = raster.blend(fragments, torch.cat([torch.stack([a, b, c]), smooth], 1), faces.shape[-2])
+    image = image.permute(0, 2, 3, 1)
+    point = image[..., :3] / fragments.bary.sum(-1, keepdim=True)  # the weights do not quite sum to 1
+    facing = -image[..., 5]
+    plane = image[..., 3:5] / facing.clamp_min(0.02)[..., None]
+    return point, plane, facing, shadow_map
 
 
 def _size(code: FaceCode, size) -> tuple[int, int]:
