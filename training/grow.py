@@ -24,9 +24,12 @@ def finer(config: RigConfig) -> RigConfig:
     )
 
 
-def grow(state: dict[str, Tensor]) -> DiffusionRig:
-    """State dict of a DiffusionRig -> a denoiser of twice the size that starts out computing the same."""
-    config = RigConfig.from_state_dict(state)
+def grow(state: dict[str, Tensor], norm_groups: int = 32) -> DiffusionRig:
+    """State dict of a DiffusionRig -> a denoiser of twice the size that starts out computing the same.
+
+    norm_groups: of the coarse network; its weights do not tell.
+    """
+    config = RigConfig.from_state_dict(state, norm_groups=norm_groups)
     model = DiffusionRig(replace(finer(config), dropout=0.0))
     shift = config.num_res_blocks + 1  # blocks of the new level on the way down
     last = config.num_res_blocks + 1  # and on the way up

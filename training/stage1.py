@@ -30,25 +30,28 @@ from training.grow import grow
 # levels: those of the U-Net that get attention, 0 the finest
 # fmt: off
 PRESETS = {
-    #            width  channel_mult          blocks  levels   latent  encoder  dropout
-    "coarse":   (32,    (1, 2, 3, 4),         1,      (2,),    64,     32,      0.0),
-    "small":    (32,    (1, 1, 2, 3, 4),      1,      (3,),    64,     32,      0.0),
-    "medium":   (64,    (1, 1, 2, 3, 4),      1,      (3,),    64,     48,      0.0),
-    "official": (128,   (1, 1, 2, 2, 4, 4),   2,      (4,),    64,     64,      0.1),
+    #            width  channel_mult          blocks  levels   latent  encoder  dropout  groups
+    "coarse":   (32,    (1, 2, 3, 4),         1,      (2,),    64,     32,      0.0,     8),
+    "small":    (32,    (1, 1, 2, 3, 4),      1,      (3,),    64,     32,      0.0,     8),
+    "medium":   (64,    (1, 1, 2, 3, 4),      1,      (3,),    64,     48,      0.0,     16),
+    "official": (128,   (1, 1, 2, 2, 4, 4),   2,      (4,),    64,     64,      0.1,     32),
 }
 # fmt: on
 
 
 def config_of(preset: str, size: int, width: int | None = None) -> RigConfig:
     """The architecture of a preset at a picture size, its base width exchanged if one is given."""
-    base, mult, blocks, levels, latent, encoder, dropout = PRESETS[preset]
+    base, mult, blocks, levels, latent, encoder, dropout, groups = PRESETS[preset]
     attention = tuple(size >> level for level in levels)
-    return RigConfig(size, width or base, mult, blocks, attention, 1, latent, encoder, dropout)
+    return RigConfig(size, width or base, mult, blocks, attention, 1, latent, encoder, dropout, groups)
 
 
-def starting_from(weights: dict[str, Tensor], size: int, dropout: float) -> DiffusionRig:
-    """The network of another run with its weights, now for pictures of `size`: the same levels attend."""
-    config = RigConfig.from_state_dict(weights)
+def starting_from(weights: dict[str, Tensor], size: int, dropout: float, groups: int) -> DiffusionRig:
+    """The network of another run with its weights, now for pictures of `size`: the same levels attend.
+
+    dropout and the groups of the norms leave no trace in the weights: they are the preset's.
+    """
+    config = RigConfig.from_state_dict(weights, norm_groups=groups)
     levels = [i for i in range(len(config.channel_mult)) if config.attends(i)]
     attention = tuple(size >> i for i in levels)
     model = DiffusionRig(replace(config, image_size=size, attention_resolutions=attention, dropout=dropout))
@@ -157,9 +160,9 @@ def _model(a: argparse.Namespace) -> DiffusionRig:
     own = Path(a.out) / train.STATE
     source = own if a.resume and own.exists() else a.init
     if source:
-        return starting_from(train.weights(source), a.size, PRESETS[a.preset][-1])
+        return starting_from(train.weights(source), a.size, *PRESETS[a.preset][-2:])
     if a.grow:
-        return grow(train.weights(a.grow))
+        return grow(train.weights(a.grow), PRESETS[a.preset][-1])
     return DiffusionRig(config_of(a.preset, a.size, a.width))
 
 
