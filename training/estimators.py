@@ -125,13 +125,12 @@ def train_landmarks(args: argparse.Namespace) -> None:
 
     def landmark_step(net, done):
         crops, points = fc.landmark_crops(faces, bank, shape, args.batch)
-        return landmark_loss(
-            net, crops, points, fc.wrong_crops(faces, bank, args.batch // 8), 0.1 * (1 - done)
-        )
+        wrong = fc.wrong_crops(faces, bank, taken, args.batch // 6)
+        return landmark_loss(net, crops, points, wrong, 0.1 * (1 - done))
 
     meta = {"kind": "landmarks", "faces": len(faces), "seed": args.seed, "init": bool(args.init)}
     meta |= {"finder_steps": args.finder_steps, "landmark_steps": args.landmark_steps, "batch": args.batch}
-    finder, points = copy.deepcopy(nets.finder), copy.deepcopy(nets.landmarks)  # what is written
+    finder, points = copy.deepcopy(nets.finder).eval(), copy.deepcopy(nets.landmarks).eval()  # written
 
     def save():
         checkpoints.save(args.out, tensors_of(finder, points), meta)
@@ -144,7 +143,7 @@ def train_landmarks(args: argparse.Namespace) -> None:
         return kept
 
     train(nets.finder, finder_step, args.finder_steps, args.lr, "faces", keep(finder))
-    taken = fc.mistakes(finder, faces, bank, 3000)
+    taken = fc.mistakes(finder, faces, bank, min(2000, 50 * args.landmark_steps))
     print(f"{len(taken)} crops that the face network mistook", flush=True)
     train(nets.landmarks, landmark_step, args.landmark_steps, args.lr, "landmarks", keep(points))
     save()
