@@ -176,11 +176,7 @@ def test_other_sizes_show_the_same_picture():
     error = (half.normal - F.avg_pool2d(full.normal, 2)).abs() * inside
     assert error.mean() < 0.01
     wide = buffers.render(head, code, size=(64, 128))
-    assert (
-        torch.equal(wide.mask.shape, full.mask[:, :, ::2].shape)
-        if False
-        else wide.mask.shape[2:] == (64, 128)
-    )
+    assert wide.mask.shape == (1, 1, 64, 128)
     assert (wide.mask - F.avg_pool2d(full.mask, (2, 1))).abs().mean() < 0.02
     tall, code = bumpy((96, 48))
     assert buffers.render(tall, code, size=48).mask.shape[2:] == (48, 24)
@@ -323,7 +319,7 @@ def test_softness_widens_the_penumbra_and_keeps_the_place():
 @pytest.mark.parametrize(
     "light", [(0.0, 0, 1), (1.0, 0, 0.2), (-0.5, 0.8, 0.6), (0.0, 1, 0), (0.7, 0.1, -0.7)]
 )
-@pytest.mark.parametrize("softness", [0.0, 0.05, 0.4])
+@pytest.mark.parametrize("softness", [0.0, 0.05, 0.4, 0.8])
 def test_a_ball_does_not_shadow_its_own_lit_side(light, softness):
     verts, faces = ball(0.8, [0.05, -0.03, 0.0])
     image = (verts * torch.tensor([1.0, -1, -1]))[None]
@@ -333,9 +329,8 @@ def test_a_ball_does_not_shadow_its_own_lit_side(light, softness):
     normal = raster.interpolate_verts(fragments, faces, raster.vertex_normals(verts[None], faces))[0]
     cos = (normal * d[0][:, None, None]).sum(0)
     seen = fragments.pix_to_face[0] >= 0
-    assert lit[seen & (cos > 0.15)].min() > 0.99 if (seen & (cos > 0.15)).any() else True
-    if (seen & (cos < 0)).any():
-        assert lit[seen & (cos < 0)].max() == 0
+    assert (lit[seen & (cos > 0.15)] > 0.99).all()
+    assert (lit[seen & (cos < 0)] < 1e-5).all()
     assert (lit[~seen] == 1).all()
 
 
