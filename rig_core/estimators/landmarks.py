@@ -162,7 +162,7 @@ def find_faces(
     image: Tensor,
     networks: FaceNetworks | None = None,
     smallest: float = 1 / 16,
-    threshold: float = 0.78,
+    threshold: float = 0.7,
     limit: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """Faces in a photo, the largest first.
