@@ -25,7 +25,7 @@ from torch import Tensor
 EPS = 1e-8
 TILE = 64  # px, the largest window
 CHUNK = 1 << 15  # pixels worked on at once
-COST = 1 << 13  # pixels whose test takes as long as starting one more pass
+COST = 1 << 14  # pixels whose test takes as long as starting one more pass
 HIDDEN = 1e38  # added to the depth where a face does not cover a pixel
 FAR = 1e25  # makes an edge function negative whatever the face
 EMPTY = 0x7CF0BDC2 << 32  # key of an empty pixel: depth 1e37
