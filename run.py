@@ -157,9 +157,9 @@ def host(arguments: list[str]) -> int:
     folder = host_folder()
     python = host_python(folder)
     if arguments[:1] == ["--test"]:
-        if not works(python, "-c", "import pytest, hypothesis"):
-            raise SetupError(f"The host tests need pytest there:  {python} -m pip install pytest hypothesis")
-        return run(python, "-m", "pytest", "-m", "host", *arguments[1:])
+        if not works(python, "-c", "import pytest"):
+            raise SetupError(f"The host tests need pytest there:  {python} -m pip install pytest")
+        return run(python, "-m", "pytest", "tests/test_host.py", *arguments[1:])
     base = ROOT / "out" / "host"
     for name in ("models", "input", "output", "temp", "user"):
         (base / name).mkdir(parents=True, exist_ok=True)
