@@ -17,9 +17,7 @@ class Batch:
     """Mixin of the frozen dataclasses below: every Tensor field is batch first, the rest is shared."""
 
     def _map(self, f):
-        return dataclasses.replace(
-            self, **{n: f(v) for n, v in vars(self).items() if isinstance(v, Tensor)}
-        )
+        return dataclasses.replace(self, **{n: f(v) for n, v in vars(self).items() if isinstance(v, Tensor)})
 
     def to(self, *args, **kwargs):
         """Move or cast every tensor, as Tensor.to does."""
@@ -174,7 +172,9 @@ def axis_angle_to_matrix(r: Tensor) -> Tensor:
 
 def matrix_to_axis_angle(m: Tensor) -> Tensor:
     """Inverse of `axis_angle_to_matrix`, [B,3,3] -> [B,3], angle in [0, pi)."""
-    v = torch.stack([m[..., 2, 1] - m[..., 1, 2], m[..., 0, 2] - m[..., 2, 0], m[..., 1, 0] - m[..., 0, 1]], -1)
+    v = torch.stack(
+        [m[..., 2, 1] - m[..., 1, 2], m[..., 0, 2] - m[..., 2, 0], m[..., 1, 0] - m[..., 0, 1]], -1
+    )
     s = v.norm(dim=-1, keepdim=True) / 2  # sin
     c = (m.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) - 1) / 2
     angle = torch.atan2(s, c)

@@ -61,9 +61,9 @@ def turn(
 ) -> FaceCode:
     """Edit pose and expression. Angles in degrees, added to the code's own.
 
-    yaw > 0 turns the face to the right of the picture, pitch > 0 lifts the chin, roll > 0 tilts counter-clockwise;
-    jaw > 0 opens the mouth; gaze (right, up). expressions: weights of the head's named shapes, 0..1,
-    such as mouthSmile_L=0.6. Raises ValueError for a name that the head does not have.
+    yaw > 0 turns the face to the right of the picture, pitch > 0 lifts the chin, roll > 0 tilts it
+    counter-clockwise; jaw > 0 opens the mouth; gaze (right, up). expressions: weights of the head's named
+    shapes, 0..1, such as mouthSmile_L=0.6. Raises ValueError for a name that the head does not have.
     """
     code.require_head(head.name)
     deg = torch.pi / 180
@@ -95,7 +95,7 @@ class Edit:
     """A painted edit, ready to go back into the photo.
 
     image  [B,3,s,s] 0..1, the painted portraits
-    before [1,3,s,s] what the denoiser makes of the photo with nothing but its pose edited: image / before is the edit
+    before [1,3,s,s] what the denoiser makes of the photo, only its pose edited: image / before is the edit
     grid   [1,s,s,2] where the moved photo's pixels come from, None when nothing moved
     """
 
@@ -152,13 +152,10 @@ def paste(photo: Tensor, portrait: Portrait, edit: Edit) -> Tensor:
         return align.paste_back(photos, edit.image, portrait.crop, original=before)
     photo_px = float(torch.linalg.det(portrait.crop.matrix[0, :2, :2])) ** -0.5 * size
     fine = portrait.crop.resized(max(size, min(1024, round(photo_px))))
-    grid = F.interpolate(edit.grid.permute(0, 3, 1, 2), (fine.size, fine.size), mode="bilinear").permute(
-        0, 2, 3, 1
-    )
-    moved = warp.apply(fine.apply(photos[:1]), grid).expand(n, -1, -1, -1)
-    inside = align.Crop(torch.eye(3)[None].to(moved), fine.size).resized(
-        size
-    )  # the fine crop as a photo of its own
+    grid = F.interpolate(edit.grid.permute(0, 3, 1, 2), (fine.size, fine.size), mode="bilinear")
+    moved = warp.apply(fine.apply(photos[:1]), grid.permute(0, 2, 3, 1)).expand(n, -1, -1, -1)
+    # the fine crop as a photo of its own
+    inside = align.Crop(torch.eye(3)[None].to(moved), fine.size).resized(size)
     lit = align.paste_back(moved, edit.image, inside, original=before)
     return align.paste_back(photos, lit, fine, mode="replace")
 

@@ -27,7 +27,8 @@ def flow(head, source: FaceCode, target: FaceCode, reach: float = 0.22) -> tuple
 
     Convention: [-1, 1] over the picture, x right, y down, as torch's grid_sample with align_corners=False.
     Returns grid [B,H,W,2] and hidden [B,1,H,W], 1 where the photo does not show that part of the head.
-    Outside the head the motion fades to zero over `reach` of the width, so hair and neck follow and the background stays.
+    Outside the head the motion fades to zero over `reach` of the width: hair and neck follow, the background
+    stays.
     """
     verts_s = buffers.to_image(head.verts(source.shape, source.exp, source.pose), source)
     verts_t = buffers.to_image(head.verts(target.shape, target.exp, target.pose), target)
@@ -60,7 +61,7 @@ def apply(image: Tensor, grid: Tensor) -> Tensor:
 
 
 def spread(value: Tensor, weight: Tensor, reach: float) -> Tensor:
-    """Keep value [B,C,H,W] where weight [B,1,H,W] is 1, extend it smoothly, fade to 0 over `reach` of the width.
+    """Keep value [B,C,H,W] where weight [B,1,H,W] is 1, extend it smoothly, fade to 0 over `reach` widths.
 
     Blurs of doubling width fill ever farther pixels from the nearest known ones.
     """

@@ -67,7 +67,9 @@ def test_light_and_skin_from_the_photo(head, truth):
     face = b.mask * (b.normal[:, 2:] > 0.3)
     error = ((again.rendered - b.rendered).square() * face).sum((1, 2, 3)) / (3 * face.sum((1, 2, 3)))
     assert (-10 * error.log10()).min() > 27  # dB
-    angle = torch.rad2deg(torch.acos((sh.direction(code.light) * sh.direction(truth.light)).sum(1).clamp(-1, 1)))
+    angle = torch.rad2deg(
+        torch.acos((sh.direction(code.light) * sh.direction(truth.light)).sum(1).clamp(-1, 1))
+    )
     assert angle.max() < 20
     assert torch.equal(code.tex[:, 0].argsort(), truth.tex[:, 0].argsort())  # dark skin stays dark
 

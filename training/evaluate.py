@@ -1,9 +1,9 @@
-"""How good is a DiffusionRig checkpoint? `python -m training.evaluate --photos DATASET --out docs/evaluation.md`.
+"""How good is a DiffusionRig checkpoint? `python -m training.evaluate --photos DATASET --out FILE.md`.
 
-Two questions, one table each. Against the truth: synthetic persons never trained on, each under two lights,
-everything else the same; the true second picture is compared with what each method makes of the first. On real
-photos of a dataset's "val" split, where no truth exists: does the picture come back unchanged, does the light go
-where it is asked to, do the features stay in place?
+Two questions, one table each. Against the truth: synthetic persons never trained on, each under two
+lights, everything else the same; the true second picture is compared with what each method makes of the
+first. On real photos of a dataset's "val" split, where no truth exists: does the picture come back
+unchanged, does the light go where it is asked to, do the features stay in place?
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def on_photos(rig, head, dataset: Dataset, count: int) -> list[list]:
 
 
 def drift(before: Tensor, after: Tensor) -> Tensor:
-    """Mean move of the 51 inner landmarks, per cent of the inter-ocular distance, [B]; NaN where no face is found."""
+    """Mean move of the 51 inner landmarks, % of the eye distance, [B]; NaN where no face is found."""
     box = landmarks.find_faces(before)[0][:1]
     if not len(box):
         return torch.full((len(after),), torch.nan)

@@ -1,7 +1,7 @@
 """How close do heads fitted to landmarks come? `python -m training.evaluate_fit FOLDER [FOLDER ...]`.
 
-A folder holds photos with their 68 landmarks, either NAME.json beside NAME.jpg ({"landmarks": [[x, y], ...]}) or one
-landmarks.safetensors (see training.prepare). The distance is measured in an upright 256 px portrait.
+A folder holds photos with their 68 landmarks, either NAME.json beside NAME.jpg ({"landmarks": [[x, y],
+...]}) or one landmarks.safetensors (see training.prepare). Measured in an upright 256 px portrait.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def measure(head, points: Tensor) -> tuple[Tensor, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="+", type=Path)
     args = parser.parse_args()
     head, rows = checkpoints.load_head(), []

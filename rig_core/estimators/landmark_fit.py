@@ -148,11 +148,7 @@ def fit_appearance(head, code: FaceCode, image: Tensor, resolution: int = 64, ro
     picture = face.apply(image.expand(n, *image.shape[1:]))
     local = code.replace(crop=torch.eye(3).to(code.crop).expand(n, 3, 3), size=(224, 224))
     frags, normal, grid = buffers.geometry(head, local, resolution)
-    skin = raster.interpolate_verts(
-        frags, head.faces, head.masks["skin"][None, :, None].expand(n, -1, 1).to(picture)
-    )
-    mask = (skin > 0.5).float() * (normal[:, 2:] > 0.15) * (picture.amax(1, keepdim=True) < 0.985)
-
+    mask = _bare_skin(head, frags, normal, picture)
     h, w = head.albedo(code.tex[:1]).shape[2:]
     at = ((grid + 1) * grid.new_tensor([w, h])[:, None, None] / 2).long().flatten(2)
     texels = at[:, 1].clamp(0, h - 1) * w + at[:, 0].clamp(0, w - 1)
@@ -165,6 +161,21 @@ def fit_appearance(head, code: FaceCode, image: Tensor, resolution: int = 64, ro
     tex = _fit_tex(head, tex, texels, sh.shade(normal, light), picture, mask)
     light = sh.fit(normal, head.skin(tex, texels).reshape(picture.shape), picture, mask)
     return code.replace(tex=tex, light=light)
+
+
+def _bare_skin(head, frags, normal: Tensor, picture: Tensor) -> Tensor:
+    """Where the photo shows the face's skin, [B,1,H,W] 0 or 1: no hair, hat, collar, beard or burnt highlight.
+
+    The face part of the head that looks at the viewer, less what is far darker or lighter than its median.
+    """
+    face = (head.masks["face"] * head.masks["skin"])[None, :, None].to(picture).expand(len(picture), -1, 1)
+    face = raster.interpolate_verts(frags, head.faces, face) > 0.5
+    brightness = picture.mean(1, keepdim=True)
+    core = torch.where(face & (normal[:, 2:] > 0.6), brightness, torch.nan)
+    usual = core.flatten(1).nanmedian(1).values[:, None, None, None]
+    like = (brightness / usual).clamp_min(1e-3).log().abs() < 0.8
+    keep = face & (normal[:, 2:] > 0.15) & like & (picture.amax(1, keepdim=True) < 0.995)
+    return keep.to(picture)
 
 
 def _pull_to_prior(light: Tensor, head) -> Tensor:
