@@ -35,6 +35,7 @@ def flow(head, source: FaceCode, target: FaceCode, reach: float = 0.22) -> tuple
     size = target.size
     frags = buffers.rasterize_head(verts_t, head.faces, size)
     origin = raster.interpolate_verts(frags, head.faces, verts_s)
+    origin = origin / frags.bary.sum(-1)[:, None]  # the weights do not quite sum to 1
     inside = (frags.pix_to_face >= 0)[:, None].to(origin)
     here = pixel_grid(size, origin.device).expand(len(origin), -1, -1, -1)
     move = spread((origin[:, :2] - here) * inside, inside, reach)
@@ -68,7 +69,7 @@ def spread(value: Tensor, weight: Tensor, reach: float) -> Tensor:
     size = value.shape[-1]
     known, out, seen = value * weight, value * weight, weight
     sigma = size / 64
-    while sigma < size * reach:
+    while sigma < size * reach / 2:  # a blur is felt at twice its sigma
         v, w = blur(known, sigma), blur(weight, sigma)
         out = torch.where(seen > 0, out, v / w.clamp_min(1e-4) * (w * 3).clamp(0, 1))
         seen = torch.maximum(seen, (w > 0.05).to(w))

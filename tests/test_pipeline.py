@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from rig_core import align, buffers, checkpoints, diffusion, pipeline
+from rig_core import align, buffers, checkpoints, diffusion, pipeline, raster
 from rig_core.estimators import landmarks
 
 SIZE = 64
@@ -45,6 +45,12 @@ class Rendered:
         return (x_t - alpha_bar.sqrt() * x_0) / noise.sqrt()
 
 
+def face_part(head, code):
+    """Where the face of the head is seen, without scalp, ears and neck, [B,1,H,W]."""
+    frags, _, _ = buffers.geometry(head, code)
+    return (raster.interpolate_verts(frags, head.faces, head.masks["face"][None, :, None]) > 0.5).float()
+
+
 def relit(portrait, *factors):
     light = portrait.code.light
     return portrait.code.expand(len(factors)).replace(light=torch.cat([light * f for f in factors]))
@@ -81,7 +87,7 @@ def test_paste_leaves_an_unedited_photo_bit_for_bit(head, portrait):
 
 
 def test_paste_keeps_the_photos_resolution(head, portrait):
-    photo = torch.rand(1, 3, 300, 240, generator=torch.Generator().manual_seed(1))
+    photo = 0.4 + 0.6 * torch.rand(1, 3, 300, 240, generator=torch.Generator().manual_seed(1))
     crop = align.Crop(torch.tensor([[[0.25, 0, 0], [0, 0.25, 0], [0, 0, 1]]]), SIZE)
     before = torch.full((1, 3, SIZE, SIZE), 0.5)
     half = align.to_display(align.to_linear(before) * 0.5)
@@ -91,7 +97,7 @@ def test_paste_keeps_the_photos_resolution(head, portrait):
     assert out.shape == photo.shape
     middle = (slice(None), slice(None), slice(80, 160), slice(80, 160))
     ratio = (align.to_linear(out[middle]) + 0.01) / (align.to_linear(photo[middle]) + 0.01)
-    assert torch.allclose(ratio.mean(), torch.tensor(0.513), atol=0.01) and ratio.std() < 0.01
+    assert torch.allclose(ratio.mean(), torch.tensor(0.522), atol=0.01) and ratio.std() < 0.01
 
 
 @pytest.mark.parametrize(
@@ -132,9 +138,8 @@ def test_estimate_with_and_without_landmarks(head):
 
     photo = read(checkpoints.ASSETS / "astronaut.jpg")
     p = pipeline.estimate(head, photo, SIZE)
-    b = buffers.render(head, p.code)
-    skin = b.mask * (b.normal[:, 2:] > 0.5)
-    assert ((b.rendered - p.image).abs() * skin).sum() / (3 * skin.sum()) < 0.1
+    b, face = buffers.render(head, p.code), face_part(head, p.code)
+    assert ((b.rendered - p.image).abs() * face).sum() / (3 * face.sum()) < 0.13
     with pytest.raises(landmarks.NoFaceError, match="face number 1"):
         pipeline.estimate(head, photo, SIZE, face=1)
     with pytest.raises(landmarks.NoFaceError):

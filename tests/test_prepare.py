@@ -41,8 +41,9 @@ def test_photos_become_a_dataset(photos, tmp_path, monkeypatch, capsys):
     head, photo = checkpoints.load_head(), dataset.select(tag="photo")
     image, code = photo.images([0, 1], 64).float() / 255, photo.codes([0, 1])
     b = buffers.render(head, code)
-    skin = b.mask * (b.normal[:, 2:] > 0.5)
-    assert ((b.rendered - image).abs() * skin).sum() / (3 * skin.sum()) < 0.1
+    eyes_to_mouth = slice(30, 44)
+    error = (b.rendered - image)[:, :, eyes_to_mouth, 24:40].abs().mean((1, 2, 3))
+    assert error.max() < 0.12
 
     run(monkeypatch, "--photos", photos, "--out", out, "--size", 64, "--variants", 2)  # nothing left to do
     assert len(Dataset.open(out)) == 6
