@@ -83,7 +83,7 @@ def sharpness(image: Tensor) -> float:
 
 
 def stored_landmarks(path: Path | None) -> dict[str, Tensor]:
-    """{photo's stem: [68,2]} from a safetensors file with `landmarks` [N,68,2] and `names` in its metadata."""
+    """{photo's stem: [68,2]} of a safetensors file: `landmarks` [N,68,2], `names` in its metadata."""
     if path is None:
         return {}
     from safetensors import safe_open

@@ -164,7 +164,7 @@ def fit_appearance(head, code: FaceCode, image: Tensor, resolution: int = 64, ro
 
 
 def _bare_skin(head, frags, normal: Tensor, picture: Tensor) -> Tensor:
-    """Where the photo shows the face's skin, [B,1,H,W] 0 or 1: no hair, hat, collar, beard or burnt highlight.
+    """Where the photo shows the face's skin, [B,1,H,W] 0 or 1: no hair, hat, beard or highlight.
 
     The face part of the head that looks at the viewer, less what is far darker or lighter than its median.
     """
