@@ -254,7 +254,8 @@ def main() -> None:
         for size in (64, 128, 256):
             rows.append(bench_denoiser(model, "default denoiser", size, repeats, args.device))
         rows.append(bench_sampler(model, model.config.image_size, repeats, args.device))
-        official = DiffusionRig(RigConfig()).to(args.device).eval().requires_grad_(False)
+        official = DiffusionRig(RigConfig()).eval().requires_grad_(False)
+        official = official.to(args.device, memory_format=torch.channels_last)  # as load_rig gives it
         for size in (64, 128) if args.quick else (64, 128, 256):
             few = max(3, repeats // 3)
             rows.append(
