@@ -198,13 +198,43 @@ class ConditionedSample(io.ComfyNode):
                     optional=True,
                     tooltip="From DDIM Invert: keeps the photo's details, in place of random noise.",
                 ),
+                io.Conditioning.Input(
+                    "unedited",
+                    optional=True,
+                    tooltip="Of the face before the edit, as DDIM Invert has it: what guidance leads away from.",
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=pipeline.GUIDANCE,
+                    min=1.0,
+                    max=4.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip=(
+                        "How strongly the edit is driven, when 'unedited' is connected. 1: as trained; "
+                        "1.5 to 2 is good; above 1 a step costs two evaluations."
+                    ),
+                ),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The aligned faces, painted anew.")],
         )
 
     @classmethod
-    def execute(cls, model, conditioning, seed, steps, solver, spacing, same_noise, noise=None):
+    def execute(
+        cls, model, conditioning, seed, steps, solver, spacing, same_noise,
+        noise=None, unedited=None, guidance=pipeline.GUIDANCE,
+    ):  # fmt: skip
         rig, condition = host.loaded_rig(model), host.condition(conditioning)
+        if not 1 <= guidance <= 4:
+            raise ValueError(f"'guidance' lies between 1 and 4, not at {guidance}")
+        before = None
+        if unedited is not None and guidance > 1:
+            before = host.condition(unedited)
+            if len(before) not in (1, len(condition)):
+                raise ValueError(
+                    f"'unedited' holds {len(before)} faces, 'conditioning' {len(condition)}: "
+                    "give one, or as many"
+                )
         n, height, width = len(condition), *condition.physical.shape[2:]
         start = (
             host.noise(noise) if noise is not None else _random(seed, 1 if same_noise else n, height, width)
@@ -215,9 +245,18 @@ class ConditionedSample(io.ComfyNode):
         progress, schedule = host.Progress(steps * len(parts)), _schedule(steps, spacing)
         made = []
         for p in parts:
+            denoiser = rig
+            if before is not None:
+                denoiser = pipeline.guided(rig, before if len(before) == 1 else before[p], guidance)
             x = samplers.sample(
-                rig, x_T[p], condition[p], schedule, solver, generator=generator, callback=progress.callback
-            )
+                denoiser,
+                x_T[p],
+                condition[p],
+                schedule,
+                solver,
+                generator=generator,
+                callback=progress.callback,
+            )  # fmt: skip
             made.append(host.image(x * 0.5 + 0.5))
         out = torch.cat(made)
         return io.NodeOutput(out, ui=ui.PreviewImage(out[:4], cls=cls))

@@ -37,14 +37,17 @@ def flow(head, source: FaceCode, target: FaceCode, reach: float = 0.22) -> tuple
     origin = raster.interpolate_verts(frags, head.faces, verts_s)
     origin = origin / frags.bary.sum(-1)[:, None]  # the weights do not quite sum to 1
     inside = (frags.pix_to_face >= 0)[:, None].to(origin)
-    here = pixel_grid(size, origin.device).expand(len(origin), -1, -1, -1)
-    move = spread((origin[:, :2] - here) * inside, inside, reach)
 
+    # what the photo does not show moves with what surrounds it: hair over the cheek stays hair
     seen_depth = buffers.rasterize_head(verts_s, head.faces, size).zbuf[:, None]
     depth = F.grid_sample(seen_depth, origin[:, :2].permute(0, 2, 3, 1), mode="nearest", align_corners=False)
-    depth = depth - buffers.DEPTH_OFFSET
-    hidden = ((origin[:, 2:] > depth + 0.06) & (inside > 0)).to(origin)
-    return (here + move).permute(0, 2, 3, 1), blur(hidden, size[0] / 128)
+    hidden = ((origin[:, 2:] > depth - buffers.DEPTH_OFFSET + 0.06) & (inside > 0)).to(origin)
+    hidden = blur(hidden, size[0] / 128)
+
+    here = pixel_grid(size, origin.device).expand(len(origin), -1, -1, -1)
+    known = inside * (hidden < 0.1)
+    move = spread((origin[:, :2] - here) * known, known, reach)
+    return (here + move).permute(0, 2, 3, 1), hidden
 
 
 def pixel_grid(size: tuple[int, int], device=None) -> Tensor:

@@ -61,13 +61,24 @@ def test_an_edit_moves_the_photo_by_what_the_buffers_change(head, portrait):
     texture = 0.06 * torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     photo = (portrait.image * 0.8 + 0.1 + texture).clamp(0, 1)
     p = pipeline.Portrait(photo, portrait.crop, portrait.code)
-    edit = pipeline.paint(Rendered(), head, p, relit(p, 0.7, 1.0), steps="quad50")
+    edit = pipeline.paint(Rendered(), head, p, relit(p, 0.7, 1.0), steps="quad50", guidance=1)
     assert (edit.before - photo).abs().mean() < 0.01
     assert (edit.image[1:] - edit.before).abs().max() < 1e-5
     old, new = (buffers.render(head, c).rendered for c in (p.code, relit(p, 0.7)))
     inside = buffers.render(head, p.code).mask.expand(-1, 3, -1, -1) > 0
     change = (edit.image[:1] - edit.before)[inside]
     assert torch.allclose(change, (new - old)[inside], atol=0.03)
+
+
+def test_guidance_drives_the_edit_further(head, portrait):
+    """With a denoiser that is linear in its mean, guidance w moves the picture by w times the change."""
+    p = pipeline.Portrait(portrait.image * 0.8 + 0.1, portrait.crop, portrait.code)
+    moved = []
+    for w in (1.0, 1.5):
+        edit = pipeline.paint(Rendered(), head, p, relit(p, 0.9), steps="quad50", guidance=w)
+        moved.append((edit.image - edit.before)[buffers.render(head, p.code).mask.expand(-1, 3, -1, -1) > 0])
+    assert moved[0].abs().mean() > 0.01
+    assert torch.allclose(moved[1].mean(), 1.5 * moved[0].mean(), rtol=0.05)
 
 
 def test_random_noise_ignores_the_photo(head, portrait):
