@@ -201,7 +201,7 @@ class ConditionedSample(io.ComfyNode):
                 io.Conditioning.Input(
                     "unedited",
                     optional=True,
-                    tooltip="Of the face before the edit, as DDIM Invert has it: what guidance leads away from.",
+                    tooltip="Of the unedited face, as DDIM Invert has it: what guidance leads away from.",
                 ),
                 io.Float.Input(
                     "guidance",

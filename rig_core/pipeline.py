@@ -16,6 +16,7 @@ from .estimators import landmark_fit, landmarks
 from .face import FaceCode, axis_angle_to_matrix, cat, matrix_to_axis_angle
 
 STEPS, SOLVER, GUIDANCE = "quad20", "ab2", 1.5
+NEAR = 0.14  # of the width: how far around the head an edit may show, for the hair
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,13 @@ class Edit:
     image  [B,3,s,s] 0..1, the painted portraits
     before [1,3,s,s] what the denoiser makes of the photo, only its pose edited: image / before is the edit
     grid   [1,s,s,2] where the moved photo's pixels come from, None when nothing moved
+    mask   [1,1,s,s] where the edit may show: the head and what is near it, such as hair; None for everywhere
     """
 
     image: Tensor
     before: Tensor
-    grid: Tensor | None
+    grid: Tensor | None = None
+    mask: Tensor | None = None
 
 
 def paint(
@@ -130,7 +133,8 @@ def paint(
         grid, hidden = warp.flow(head, source, moved)
         start = warp.apply(start, grid)
     codes = cat([moved, target])
-    condition = rig.condition(buffers.render(head, codes).stack(), portrait.image * 2 - 1)
+    rendered = buffers.render(head, codes)
+    condition = rig.condition(rendered.stack(), portrait.image * 2 - 1)
     noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(seed)).to(start)
     if keep:
         x_T = samplers.invert(rig, start * 2 - 1, condition[0], schedule, solver, callback=callback)
@@ -138,8 +142,9 @@ def paint(
     noise = noise.expand(len(codes), -1, -1, -1)
     denoiser = rig if guidance == 1 else guided(rig, condition[0], guidance)
     painted = samplers.sample(denoiser, noise, condition, schedule, solver, callback=callback) / 2 + 0.5
-    painted = painted.clamp(0, 1)
-    return Edit(painted[1:], painted[:1], grid)
+    painted, near = painted.clamp(0, 1), round(NEAR * painted.shape[-1])
+    mask = F.max_pool2d(rendered.mask[:1], 2 * near + 1, 1, near)
+    return Edit(painted[1:], painted[:1], grid, mask)
 
 
 def guided(rig, source, weight: float):
@@ -166,14 +171,14 @@ def paste(photo: Tensor, portrait: Portrait, edit: Edit) -> Tensor:
     photos = align.check_image(photo).expand(n, -1, -1, -1)
     before = edit.before.expand(n, -1, -1, -1)
     if edit.grid is None:
-        return align.paste_back(photos, edit.image, portrait.crop, original=before)
+        return align.paste_back(photos, edit.image, portrait.crop, edit.mask, before)
     photo_px = float(torch.linalg.det(portrait.crop.matrix[0, :2, :2])) ** -0.5 * size
     fine = portrait.crop.resized(max(size, min(1024, round(photo_px))))
     grid = F.interpolate(edit.grid.permute(0, 3, 1, 2), (fine.size, fine.size), mode="bilinear")
     moved = warp.apply(fine.apply(photos[:1]), grid.permute(0, 2, 3, 1)).expand(n, -1, -1, -1)
     # the fine crop as a photo of its own
     inside = align.Crop(torch.eye(3)[None].to(moved), fine.size).resized(size)
-    lit = align.paste_back(moved, edit.image, inside, original=before)
+    lit = align.paste_back(moved, edit.image, inside, edit.mask, before)
     return align.paste_back(photos, lit, fine, mode="replace")
 
 

@@ -93,8 +93,16 @@ def test_paste_leaves_an_unedited_photo_bit_for_bit(head, portrait):
     photo = torch.rand(1, 3, 150, 120, generator=torch.Generator().manual_seed(1))
     crop = align.Crop(torch.tensor([[[0.8, 0, -10], [0, 0.8, -20], [0, 0, 1]]]), SIZE)
     p = pipeline.Portrait(crop.apply(photo), crop, portrait.code)
-    edit = pipeline.Edit(p.image, p.image, None)
+    edit = pipeline.Edit(p.image, p.image)
     assert torch.equal(pipeline.paste(photo, p, edit), photo)
+
+
+def test_the_background_far_from_the_head_is_not_touched(head, portrait):
+    edit = pipeline.paint(Rendered(), head, portrait, relit(portrait, 0.6))
+    wrong = pipeline.Edit(edit.image * 0.5, edit.before, None, edit.mask)
+    out = pipeline.paste(portrait.image, portrait, wrong)
+    assert torch.equal(out[..., :4, :4], portrait.image[..., :4, :4])
+    assert (out - portrait.image)[..., 28:36, 28:36].abs().mean() > 0.02
 
 
 def test_paste_keeps_the_photos_resolution(head, portrait):
@@ -103,7 +111,7 @@ def test_paste_keeps_the_photos_resolution(head, portrait):
     before = torch.full((1, 3, SIZE, SIZE), 0.5)
     half = align.to_display(align.to_linear(before) * 0.5)
     out = pipeline.paste(
-        photo, pipeline.Portrait(crop.apply(photo), crop, portrait.code), pipeline.Edit(half, before, None)
+        photo, pipeline.Portrait(crop.apply(photo), crop, portrait.code), pipeline.Edit(half, before)
     )
     assert out.shape == photo.shape
     middle = (slice(None), slice(None), slice(80, 160), slice(80, 160))

@@ -19,10 +19,10 @@ from tqdm import tqdm
 from rig_core import buffers, checkpoints, pipeline, sh
 
 PHOTOS = ("astronaut.jpg", "grace_hopper.jpg")
-LIGHTS = {"from the left": (-65, 15), "from the right": (65, 15), "from above": (0, 60)}  # azimuth, elevation
+LIGHTS = {"from the left": (-70, 15), "from the right": (70, 15), "from above": (0, 60)}  # azimuth, elevation
 TURNS = {
-    "turned left": dict(yaw=-18),
-    "turned right": dict(yaw=18),
+    "turned left": dict(yaw=-13),
+    "turned right": dict(yaw=13),
     "smiling": dict(mouthSmile_L=0.7, mouthSmile_R=0.7, cheekSquint_L=0.4, cheekSquint_R=0.4),
 }
 SIDE = 256  # px of a picture on the sheet
@@ -49,7 +49,10 @@ def edits(rig, head, photo: Tensor, name: str) -> tuple[dict[str, Tensor], pipel
     portrait = pipeline.estimate(head, photo, rig.config.image_size)
     code, steps = portrait.code, 2 * int(pipeline.STEPS.removeprefix("quad"))
     lights = torch.cat(
-        [sh.edit(code.light, az, el, mean=head.light_mean, std=head.light_std) for az, el in LIGHTS.values()]
+        [
+            sh.edit(code.light, az, el, ambient=0.15, mean=head.light_mean, std=head.light_std)
+            for az, el in LIGHTS.values()
+        ]
     )
     edit = pipeline.paint(
         rig,
