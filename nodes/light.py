@@ -3,7 +3,7 @@
 import torch
 from comfy_api.latest import io, ui
 
-from ..rig_core import sh
+from ..rig_core import light_prior, sh
 from . import host, sockets
 
 MODES = ["model range", "raw"]
@@ -153,7 +153,9 @@ class SHLightEdit(io.ComfyNode):
         if light is None:
             prior = {"mean": head.light_mean, "std": head.light_std, "raw": mode == "raw"}
             colour = (red, green, blue)
-            new = sh.edit(code.light, azimuth, elevation, intensity, ambient, colour, softness, **prior)
+            new = light_prior.edit(
+                code.light, azimuth, elevation, intensity, ambient, colour, softness, **prior
+            )
         else:
             n = max(len(code), len(light))
             code, new = host.repeat(code, n, "face_code"), host.repeat(light.to(code.light), n, "light")

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,8 @@ CONSTANTS = tuple(y * a for y, a in zip(_Y, _BAND))  # DECA's constant factors
 LUMINANCE = (0.2126, 0.7152, 0.0722)  # Rec. 709
 
 
-def _check_light(light: Tensor, name: str = "light") -> Tensor:
+def check_light(light: Tensor, name: str = "light") -> Tensor:
+    """The light itself, or a ValueError that says what is wrong with it."""
     if light.ndim != 3 or light.shape[1:] != (9, 3):
         raise ValueError(f"{name} must be [B,9,3], got {list(light.shape)}")
     if not torch.isfinite(light).all():
@@ -37,7 +37,8 @@ def _check_light(light: Tensor, name: str = "light") -> Tensor:
     return light
 
 
-def _directions(direction: Tensor) -> Tensor:
+def unit_directions(direction: Tensor) -> Tensor:
+    """[B,3] made unit length. Raises ValueError for another shape, zero or NaN."""
     if direction.ndim != 2 or direction.shape[1] != 3:
         raise ValueError(f"direction must be [B,3], got {list(direction.shape)}")
     length = direction.norm(dim=1, keepdim=True)
@@ -46,7 +47,7 @@ def _directions(direction: Tensor) -> Tensor:
     return direction / length
 
 
-def _like(constant: Tensor, like: Tensor) -> Tensor:
+def constant_like(constant: Tensor, like: Tensor) -> Tensor:
     """A double constant in like's dtype and on its device (dtype first: a device may lack float64)."""
     return constant.to(like.dtype).to(like.device)
 
@@ -98,7 +99,7 @@ def rotate(light: Tensor, rotation: Tensor) -> Tensor:
     """
     if rotation.shape[-2:] != (3, 3):
         raise ValueError(f"rotation must be [B,3,3], got {list(rotation.shape)}")
-    _check_light(light)
+    check_light(light)
     r = rotation.to(light).expand(len(light), 3, 3)
     c = CONSTANTS
     xy, xz, yz, d, z2 = (c[k] * light[:, k] for k in range(4, 9))
@@ -127,7 +128,7 @@ def from_direction(
     Convention: direction points to the source, x right, y up, z to the viewer. The bands are those of the
     clamped cosine (Ramamoorthi & Hanrahan 2001): the shading dips to -0.04 x intensity on the far side.
     """
-    d = _directions(direction)
+    d = unit_directions(direction)
     soft = torch.as_tensor(softness, dtype=d.dtype, device=d.device)
     if not ((soft >= 0) & (soft <= 1)).all():
         raise ValueError(f"softness must lie in 0..1, got {softness}")
@@ -171,7 +172,7 @@ def from_dpr(light: Tensor) -> Tensor:
     """
     if light.ndim == 2:
         light = light[..., None].expand(*light.shape, 3)
-    d, r = _check_light(light).unbind(1), math.sqrt(3) / 2
+    d, r = check_light(light).unbind(1), math.sqrt(3) / 2
     out = (math.pi * d[0], d[3], d[2], -d[1], d[7], -d[4], -d[5], d[8] / 2 - r * d[6], -r * d[8] - d[6] / 2)
     return torch.stack(out, 1)
 
@@ -194,8 +195,8 @@ def _sphere(n: int = 1024) -> tuple[Tensor, Tensor]:
 
 def _reproject(light: Tensor, f) -> Tensor:
     """Evaluate over the sphere, map each value by f, project back."""
-    b, inverse = (_like(m, light) for m in _sphere())
-    return inverse @ f((b @ _check_light(light)).clamp_min(0))
+    b, inverse = (constant_like(m, light) for m in _sphere())
+    return inverse @ f((b @ check_light(light)).clamp_min(0))
 
 
 def encode_light(light: Tensor) -> Tensor:
@@ -234,7 +235,7 @@ def direction(light: Tensor, mean: Tensor | None = None) -> Tensor:
     Convention: x right, y up, z to the viewer, towards the source. mean [9,3]: what counts as flat light, for
     priors such as DECA's whose mean has a direction of its own.
     """
-    v = luminance(_check_light(light if mean is None else light - mean.to(light)))[:, 1:4]
+    v = luminance(check_light(light if mean is None else light - mean.to(light)))[:, 1:4]
     length = v.norm(dim=1, keepdim=True)
     front = v.new_tensor([0.0, 0.0, 1.0]).expand_as(v)
     return torch.where(length > 1e-6, v / length.clamp_min(1e-6), front)
@@ -257,7 +258,7 @@ def mix(lights: list[Tensor], weights: list[float] | Tensor) -> Tensor:
     """
     if len(lights) == 0 or len(lights) != len(weights):
         raise ValueError(f"mix: {len(lights)} lights want as many weights, got {len(weights)}")
-    return sum(w * _check_light(light) for w, light in zip(weights, lights))
+    return sum(w * check_light(light) for w, light in zip(weights, lights))
 
 
 def interpolate(a: Tensor, b: Tensor, w: Tensor, spherical: bool = False) -> Tensor:
@@ -266,8 +267,8 @@ def interpolate(a: Tensor, b: Tensor, w: Tensor, spherical: bool = False) -> Ten
     Convention: linear, or DiFaReli's slerp: the angle between the 27-vectors, applied to the vectors as
     they are. Equal directions, where the official slerp is NaN, fall back to linear.
     """
-    w = w.to(_check_light(a)).reshape(-1, 1, 1)
-    line = torch.lerp(a, _check_light(b).to(a), w)
+    w = w.to(check_light(a)).reshape(-1, 1, 1)
+    line = torch.lerp(a, check_light(b).to(a), w)
     if not spherical:
         return line
     cos = F.cosine_similarity(a.flatten(1), b.flatten(1).to(a), dim=1).clamp(-1, 1)[:, None, None]
@@ -326,7 +327,7 @@ def fit(normal: Tensor, albedo: Tensor, image: Tensor, mask: Tensor, rounds: int
     if not (m.sum((1, 2)) > 0).all():
         raise ValueError("fit: the mask of a picture is empty, there is no pixel to read the light from")
     phi = basis(F.normalize(n.transpose(1, 2), dim=2))[:, None]  # [B,1,N,9]
-    atoms = _like(_dictionary(), phi)
+    atoms = constant_like(_dictionary(), phi)
     weight, k = m, y.new_zeros(b * 3, len(atoms))
     for i in range(rounds + 1):
         x = rho[..., None] * phi
@@ -342,139 +343,3 @@ def fit(normal: Tensor, albedo: Tensor, image: Tensor, mask: Tensor, rounds: int
             scale = 2.5 * seen.nanmedian(2, keepdim=True).values + 0.01
             weight = m / (1 + (r / scale) ** 2)
     return light
-
-
-# --- a light for a model --------------------------------------------------------------------------
-
-DECA_MEAN = (3.65, 0.13, 0.14, -0.38, -0.02, -0.11, 0.16, 0.19, 0.25)
-DECA_STD = (0.33, 0.32, 0.12, 0.12, 0.21, 0.21, 0.31, 0.27, 0.22)
-
-
-class Preset(NamedTuple):
-    """Angles in degrees as in from_angles, the rest as in from_direction."""
-
-    azimuth: float
-    elevation: float
-    softness: float = 0.1
-    intensity: float = 1.0
-    ambient: float = 0.25
-    colour: tuple[float, float, float] = (1.0, 1.0, 1.0)
-
-
-PRESETS = {
-    "rembrandt": Preset(45, 40, 0.1, 1.2, 0.15),
-    "butterfly": Preset(0, 50, 0.15, 1.1, 0.2),
-    "split left": Preset(-90, 5, 0.05, 1.3, 0.1),
-    "split right": Preset(90, 5, 0.05, 1.3, 0.1),
-    "rim": Preset(150, 30, 0.05, 1.6, 0.15),
-    "overcast": Preset(0, 80, 1.0, 0.8, 0.5, (0.95, 1.0, 1.05)),
-    "golden hour": Preset(65, 12, 0.05, 1.2, 0.2, (1.0, 0.72, 0.42)),
-    "candle from below": Preset(15, -45, 0.2, 1.0, 0.06, (1.0, 0.6, 0.28)),
-}
-
-
-def _bounded(base: Tensor, wanted: Tensor, std: Tensor, z_max: float, floor: float) -> Tensor:
-    """base + wanted [B,9,3], wanted shrunk: each band to |z| <= z_max, then all until shading >= floor.
-
-    One factor for a whole band keeps direction and colour. The face: normals within 90 degrees of the viewer.
-    """
-    z = wanted.abs() / std
-    band1 = (z_max / z[:, 1:4].amax((1, 2), keepdim=True).clamp_min(1e-6)).clamp_max(1)
-    band2 = (z_max / z[:, 4:].amax((1, 2), keepdim=True).clamp_min(1e-6)).clamp_max(1)
-    wanted = torch.cat(
-        [wanted[:, :1], band1 * wanted[:, 1:4], torch.minimum(band1, band2) * wanted[:, 4:]], 1
-    )
-    sphere = _like(fibonacci(512), wanted)
-    visible = basis(sphere[sphere[:, 2] >= 0])
-    room, change = visible @ base - floor, visible @ wanted
-    share = torch.where(change < 0, room.clamp_min(0) / (-change).clamp_min(1e-9), torch.ones_like(change))
-    return base + share.amin((1, 2), keepdim=True).clamp(0, 1) * wanted
-
-
-def _base(constant: Tensor, mean: Tensor, std: Tensor, z_max: float) -> Tensor:
-    """The prior's mean with a constant term [B,1,3] within z_max of its own; hue goes before level."""
-    constant = constant.clamp_min(1e-3)
-    low, high = (mean[:1] - z_max * std[:1]).clamp_min(1e-3), mean[:1] + z_max * std[:1]
-    least, most = (low / constant).amax(2, keepdim=True), (high / constant).amin(2, keepdim=True)
-    level = torch.where(least > most, (least * most).sqrt(), torch.minimum(most, least.clamp_min(1)))
-    constant = torch.minimum(torch.maximum(constant * level, low), high)
-    return torch.cat([constant, mean[1:].expand(len(constant), 8, 3)], 1)
-
-
-def _prior(light: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.as_tensor(m).to(light) for m in (mean, std))
-    if mean.shape != (9, 3) or std.shape != (9, 3) or not (std > 0).all() or not (mean[0] > 0).all():
-        raise ValueError(
-            "a light prior is a mean [9,3] with a positive constant term and a std [9,3] above 0"
-        )
-    return mean, std
-
-
-def aim(
-    light: Tensor,
-    direction: Tensor,
-    strength,
-    mean,
-    std,
-    z_max: float = 2.5,
-    softness=0.0,
-    floor: float = 0.03,
-):
-    """Light from a direction, as the model that learned the prior knows it: [B,9,3].
-
-    light     [B,9,3] of the photo: its constant terms (level and colour) stay, within z_max of the prior
-    direction [B,3] towards the source
-    strength  0..1 or [B]: share of z_max that the directional part may use; 0 is the prior's flat light
-    mean, std [9,3] of the model's own lights (a head's light_mean, light_std)
-    Convention: estimated lights are not physical (DECA's have a dark centre and a bright rim), so the lamp's
-    bands 1 and 2 are ADDED to the prior's mean, as far as their z-scores stay below z_max and shading on
-    visible normals stays above floor.
-    """
-    _check_light(light)
-    mean, std = _prior(light, mean, std)
-    d = _directions(direction.to(light)).expand(len(light), 3)
-    lamp = from_direction(d, softness=softness) / from_direction(d)[:, 1:4].abs().amax((1, 2), keepdim=True)
-    lamp = torch.cat([torch.zeros_like(lamp[:, :1]), lamp[:, 1:]], 1)
-    full = _bounded(torch.zeros_like(lamp), 1e3 * lamp, std, z_max, floor=-1e9)
-    strength = torch.as_tensor(strength, dtype=light.dtype, device=light.device).clamp(0, 1).reshape(-1, 1, 1)
-    base = _base(light[:, :1], mean, std, z_max)
-    return _bounded(base, strength * full, std, z_max, floor)
-
-
-def edit(
-    light: Tensor,
-    azimuth,
-    elevation,
-    intensity=1.0,
-    ambient=0.25,
-    colour=(1.0, 1.0, 1.0),
-    softness=0.1,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
-    raw: bool = False,
-    z_max: float = 2.5,
-) -> Tensor:
-    """The light of a lamp and a fill, put where the user drags it: [B,9,3] in display space.
-
-    light     [B,9,3] of the photo, sets level and colour (not with raw)
-    azimuth, elevation  degrees, numbers or [B], see from_angles
-    intensity, ambient, colour, softness  physical, linear, see from_direction
-    mean, std [9,3] the light prior of the head; without, or with raw, the physical light comes back
-    Convention: the physical light is encoded to display space. Its contrast (bands 1 and 2 over the
-    constant) is brought into the prior as in `aim`, and its level, against intensity 1 and ambient 0.25,
-    scales the photo's.
-    """
-    _check_light(light)
-    angles = (
-        torch.as_tensor(v, dtype=light.dtype, device=light.device).reshape(-1) for v in (azimuth, elevation)
-    )
-    d = from_angles(*(a.expand(len(light)) for a in angles))
-    target = encode_light(from_direction(d, intensity, colour, softness, ambient))
-    if raw or mean is None or std is None:
-        return target
-    mean, std = _prior(light, mean, std)
-    reference = encode_light(from_direction(d, 1.0, softness=softness, ambient=0.25))[:, :1]
-    base = _base(light[:, :1] * target[:, :1] / reference, mean, std, z_max)
-    grey = luminance(target)[:, :1, None]
-    contrast = target / grey * luminance(base)[:, :1, None]
-    return _bounded(base, torch.cat([torch.zeros_like(base[:, :1]), contrast[:, 1:]], 1), std, z_max, 0.03)

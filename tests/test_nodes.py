@@ -274,7 +274,7 @@ def test_light_comes_from_the_side_asked_for(pack, head, face):
     tint = (red / even)[0, 0]
     assert tint[0] > 1.03 * tint[1] and tint[0] > 1.03 * tint[2]
     raw = pack.run("SHLightEdit", face_model=head, face_code=code, azimuth=70.0, mode="raw")[1]
-    physical = pack.core.sh.edit(code.light, 70.0, 20.0, raw=True)
+    physical = pack.core.light_prior.edit(code.light, 70.0, 20.0, raw=True)
     torch.testing.assert_close(raw, physical)
 
 

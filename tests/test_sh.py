@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from rig_core import sh
+from rig_core import light_prior, sh
 from rig_core.face import axis_angle_to_matrix
 
 GOLDEN = Path(__file__).parent / "golden"
 SPHERE = sh.fibonacci(600).float()
 SEEN = SPHERE[SPHERE[:, 2] >= 0]
-MEAN = torch.tensor(sh.DECA_MEAN)[:, None].expand(9, 3)
-STD = torch.tensor(sh.DECA_STD)[:, None].expand(9, 3)
+MEAN = torch.tensor(light_prior.DECA_MEAN)[:, None].expand(9, 3)
+STD = torch.tensor(light_prior.DECA_STD)[:, None].expand(9, 3)
 vector = st.tuples(*[st.floats(-3, 3)] * 3).map(torch.tensor)
 
 
@@ -251,7 +251,7 @@ def test_mix_is_linear_and_direction_falls_back_to_the_front():
 @given(vector.filter(lambda v: v.norm() > 0.1), st.floats(0, 1))
 def test_aim_points_where_asked_within_the_prior(v, strength):
     source = MEAN + STD * random_lights(1, 7) * 0.5
-    light = sh.aim(source, v[None], strength, MEAN, STD)
+    light = light_prior.aim(source, v[None], strength, MEAN, STD)
     assert ((light - MEAN).abs() / STD).max() <= 2.5 + 1e-4
     assert (sh.basis(SEEN) @ light).min() >= 0.025
     assert torch.allclose(light[:, 0], source[:, 0], atol=1e-5)
@@ -262,26 +262,28 @@ def test_aim_points_where_asked_within_the_prior(v, strength):
 
 
 def test_aim_grows_with_strength():
-    steps = [sh.aim(MEAN[None], unit(1, 0.2, 0.3), s, MEAN, STD)[0, 1, 0] for s in (0, 0.3, 0.6, 1.0)]
+    steps = [
+        light_prior.aim(MEAN[None], unit(1, 0.2, 0.3), s, MEAN, STD)[0, 1, 0] for s in (0, 0.3, 0.6, 1.0)
+    ]
     assert all(b > a + 0.05 for a, b in zip(steps, steps[1:]))
 
 
-@pytest.mark.parametrize("name", list(sh.PRESETS))
+@pytest.mark.parametrize("name", list(light_prior.PRESETS))
 def test_presets_stay_in_the_prior_and_come_from_their_side(name):
-    p = sh.PRESETS[name]
-    light = sh.edit(MEAN[None], **p._asdict(), mean=MEAN, std=STD)
+    p = light_prior.PRESETS[name]
+    light = light_prior.edit(MEAN[None], **p._asdict(), mean=MEAN, std=STD)
     assert ((light - MEAN).abs() / STD).max() <= 2.5 + 1e-3
     assert (sh.basis(SEEN) @ light).min() >= 0.025
     d = sh.from_angles(torch.tensor([float(p.azimuth)]), torch.tensor([float(p.elevation)]))
     assert (d * sh.direction(light, MEAN)).sum() > 0.98
-    raw = sh.edit(MEAN[None], **p._asdict(), raw=True)
+    raw = light_prior.edit(MEAN[None], **p._asdict(), raw=True)
     physical = sh.from_direction(d, p.intensity, p.colour, p.softness, p.ambient)
     assert torch.allclose(raw, sh.encode_light(physical), atol=1e-6)
 
 
 def test_edit_is_mirror_symmetric_and_answers_to_its_sliders():
     def at(azimuth, **kw):
-        return sh.edit(MEAN[None] * torch.ones(1, 9, 3), azimuth, 10, mean=MEAN * 1.0, std=STD, **kw)
+        return light_prior.edit(MEAN[None] * torch.ones(1, 9, 3), azimuth, 10, mean=MEAN * 1.0, std=STD, **kw)
 
     mirror = torch.tensor([1.0, -1, 1, 1, -1, -1, 1, 1, 1])[:, None]
     left, right = at(-50) - MEAN, at(50) - MEAN
@@ -304,8 +306,8 @@ def test_edit_is_mirror_symmetric_and_answers_to_its_sliders():
         (lambda: sh.fit(*[torch.ones(1, 3, 8, 8)] * 3, torch.zeros(1, 1, 8, 8)), "empty"),
         (lambda: sh.fit(*[torch.ones(1, 3, 8, 8)] * 3, torch.zeros(1, 1, 9, 8)), "mask must be"),
         (lambda: sh.mix([], []), "weights"),
-        (lambda: sh.aim(torch.ones(1, 9, 3), unit(0, 0, 1), 1.0, MEAN, STD * 0), "prior"),
-        (lambda: sh.edit(torch.ones(1, 9, 3), float("nan"), 0), "NaN"),
+        (lambda: light_prior.aim(torch.ones(1, 9, 3), unit(0, 0, 1), 1.0, MEAN, STD * 0), "prior"),
+        (lambda: light_prior.edit(torch.ones(1, 9, 3), float("nan"), 0), "NaN"),
     ],
 )
 def test_bad_input_is_named(call, words):

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rig_core import buffers, checkpoints, diffusion, pipeline, raster, samplers, sh
+from rig_core import buffers, checkpoints, diffusion, light_prior, pipeline, raster, samplers
 from rig_core.denoisers.rig import DiffusionRig, RigConfig
 from rig_core.estimators import landmark_fit, landmarks
 
@@ -180,7 +180,7 @@ def bench_face(head, model: DiffusionRig, photo: Tensor, repeats: int) -> list[R
     def edit(yaw: float, azimuth: float) -> Tensor:
         portrait = pipeline.estimate(head, photo, size)
         code = pipeline.turn(head, portrait.code, yaw=yaw)
-        light = sh.edit(code.light, azimuth, 15.0, mean=head.light_mean, std=head.light_std)
+        light = light_prior.edit(code.light, azimuth, 15.0, mean=head.light_mean, std=head.light_std)
         painted = pipeline.paint(model, head, portrait, code.replace(light=light))
         return pipeline.paste(photo, portrait, painted)
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from rig_core import buffers, checkpoints, pipeline, sh
+from rig_core import buffers, checkpoints, light_prior, pipeline
 
 PHOTOS = ("astronaut.jpg", "grace_hopper.jpg")
 LIGHTS = {"from the left": (-70, 15), "from the right": (70, 15), "from above": (0, 60)}  # azimuth, elevation
@@ -50,7 +50,7 @@ def edits(rig, head, photo: Tensor, name: str) -> tuple[dict[str, Tensor], pipel
     code, steps = portrait.code, 2 * int(pipeline.STEPS.removeprefix("quad"))
     lights = torch.cat(
         [
-            sh.edit(code.light, az, el, ambient=0.15, mean=head.light_mean, std=head.light_std)
+            light_prior.edit(code.light, az, el, ambient=0.15, mean=head.light_mean, std=head.light_std)
             for az, el in LIGHTS.values()
         ]
     )

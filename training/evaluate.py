@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from rig_core import align, buffers, checkpoints, pipeline, sh
+from rig_core import align, buffers, checkpoints, light_prior, pipeline, sh
 from rig_core.data import Dataset
 from rig_core.estimators import landmark_fit, landmarks
 from rig_core.face import FaceCode
@@ -151,7 +151,7 @@ def on_photos(rig, head, dataset: Dataset, count: int) -> list[list]:
         portrait = pipeline.Portrait(image, align.Crop(torch.eye(3)[None], size), code)
         az, el = torch.tensor(ASKED).unbind(1)
         lights = code.light.expand(len(ASKED), -1, -1)
-        lights = sh.edit(lights, az, el, mean=head.light_mean, std=head.light_std)
+        lights = light_prior.edit(lights, az, el, mean=head.light_mean, std=head.light_std)
         edit = pipeline.paint(rig, head, portrait, code.expand(len(ASKED)).replace(light=lights))
         result = pipeline.paste(image, portrait, edit)
         found["back"].append(torch.tensor([psnr(edit.before, image)]))
