@@ -1,4 +1,4 @@
-"""A light for a model: what a user asks for, brought into the distribution of lights that a model has learned.
+"""A light for a model: what a user asks for, brought into the distribution of lights that a model knows.
 
 Estimated lights are not physical directions (DECA's have a dark centre and a bright rim), so a control must
 map the wanted direction into the light prior of the head in use: its mean and standard deviation, [9,3] each.
