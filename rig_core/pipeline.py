@@ -16,7 +16,7 @@ from .estimators import landmark_fit, landmarks
 from .face import FaceCode, axis_angle_to_matrix, cat, matrix_to_axis_angle
 
 STEPS, SOLVER, GUIDANCE = "quad20", "ab2", 1.5
-NEAR = 0.14  # of the width: how far around the head an edit may show, for the hair
+NEAR = 0.09  # of the width: how far around the head an edit may show, for the hair
 
 
 @dataclass(frozen=True)

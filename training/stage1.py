@@ -143,7 +143,14 @@ def main(argv: list[str] | None = None) -> None:
             d.preload(a.size)
     shown = next((d for d in (f.select("val") for f in folders) if len(d)), chosen[0])
     sheet = contact_sheet(head, shown, a.size, device) if rank == 0 else None
-    about = {"stage": 1, "head": head.name, "size": a.size, "data": a.data, "seed": a.seed, "ema": a.ema}
+    about = {
+        "stage": 1,
+        "head": head.name,
+        "size": a.size,
+        "data": [Path(d).name for d in a.data],
+        "seed": a.seed,
+        "ema": a.ema,
+    }
     with Loader(chosen, a.size, a.batch, a.seed, a.mix, rank, world) as batches:
         train.train(
             config, model, out, batches, train.rig_inputs(head, a.size, device, not a.no_flip), device,
