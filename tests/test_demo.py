@@ -13,7 +13,7 @@ from training import demo
 @pytest.mark.slow
 def test_demo_writes_every_edit_and_leaves_the_rest_of_the_photo(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
-    model = DiffusionRig(RigConfig(64, 32, (1, 2), 1, (), 1, 8, 16, 0.0, 8))
+    model = DiffusionRig(RigConfig(64, 32, (1, 2), 1, (), 1, 0.0, 8, 8, 16))
     torch.nn.init.normal_(model.denoisingUNet.out[2].weight, std=0.02)
     checkpoints.save_rig(tmp_path / "tiny.safetensors", model)
     photo = checkpoints.ASSETS / "astronaut.jpg"

@@ -163,7 +163,7 @@ def test_architecture_of_published_files_is_read_off_the_shapes(name):
 def test_architecture_survives_the_weights(mult, n, attention, latent, encoder):
     size = 128
     at = tuple(size >> i for i in sorted(attention) if i < len(mult))
-    config = RigConfig(size, 64, tuple(mult), n, at, 2, latent, encoder, 0.0, 16)
+    config = RigConfig(size, 64, tuple(mult), n, at, 2, 0.0, 16, latent, encoder)
     with torch.device("meta"):
         state = DiffusionRig(config).state_dict()
     assert (

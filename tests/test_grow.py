@@ -8,7 +8,7 @@ from training.grow import finer, grow
 def test_a_grown_network_starts_as_the_coarse_one_enlarged():
     """Exact where the outermost convolutions see one pixel each; everything else is exact by construction."""
     torch.manual_seed(0)
-    config = RigConfig(32, 32, (1, 2), 1, (16,), 1, 8, 16, 0.0, 8)
+    config = RigConfig(32, 32, (1, 2), 1, (16,), 1, 0.0, 8, 8, 16)
     coarse = DiffusionRig(config).eval()
     with torch.no_grad():
         for p in coarse.parameters():
@@ -32,7 +32,7 @@ def test_a_grown_network_starts_as_the_coarse_one_enlarged():
 
 def test_all_of_a_grown_network_can_learn():
     torch.manual_seed(0)
-    fine = grow(DiffusionRig(RigConfig(32, 32, (1, 2), 1, (16,), 1, 8, 16, 0.0, 8)).state_dict(), 8)
+    fine = grow(DiffusionRig(RigConfig(32, 32, (1, 2), 1, (16,), 1, 0.0, 8, 8, 16)).state_dict(), 8)
     x = torch.randn(2, 3, 32, 32)
     for _ in range(3):
         eps = fine(x, torch.tensor([9.0, 500.0]), fine.condition(torch.randn(2, 9, 32, 32), x))

@@ -85,7 +85,7 @@ def host(tmp_path_factory):
         shutil.copy(ROOT / "rig_core" / "assets" / photo, host.base / "input")
     rig = host.core.denoisers.rig
     torch.manual_seed(0)
-    net = rig.DiffusionRig(rig.RigConfig(SIZE, 32, (1, 1, 2), 1, (16,), 1, 16, 8))
+    net = rig.DiffusionRig(rig.RigConfig(SIZE, 32, (1, 1, 2), 1, (16,), latent_dim=16, encoder_width=8))
     torch.nn.init.normal_(net.denoisingUNet.out[2].weight, std=0.02)
     host.core.checkpoints.save_rig(host.base / "models" / "face_rig" / "tiny.safetensors", net)
     return host

@@ -69,7 +69,7 @@ def model(pack):
     """A small DiffusionRig with random weights, written to and read from the model folder."""
     rig = pack.core.denoisers.rig
     torch.manual_seed(0)
-    net = rig.DiffusionRig(rig.RigConfig(SIZE, 32, (1, 1, 2), 1, (16,), 1, 16, 8))
+    net = rig.DiffusionRig(rig.RigConfig(SIZE, 32, (1, 1, 2), 1, (16,), latent_dim=16, encoder_width=8))
     torch.nn.init.normal_(net.denoisingUNet.out[2].weight, std=0.02)
     path = pack.host.folder / "models" / "face_rig" / "tiny.safetensors"
     pack.core.checkpoints.save_rig(path, net)

@@ -43,7 +43,7 @@ def config_of(preset: str, size: int, width: int | None = None) -> RigConfig:
     """The architecture of a preset at a picture size, its base width exchanged if one is given."""
     base, mult, blocks, levels, latent, encoder, dropout, groups = PRESETS[preset]
     attention = tuple(size >> level for level in levels)
-    return RigConfig(size, width or base, mult, blocks, attention, 1, latent, encoder, dropout, groups)
+    return RigConfig(size, width or base, mult, blocks, attention, 1, dropout, groups, latent, encoder)
 
 
 def starting_from(weights: dict[str, Tensor], size: int, dropout: float, groups: int) -> DiffusionRig:

@@ -8,7 +8,6 @@ sampler. State-dict keys are those of the published checkpoints.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,72 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import GROUPS, AttentionBlock, ResBlock, fold, norm_silu, project, shared, timestep_embedding
+from .blocks import GROUPS, project
+from .unet import UNet, UNetConfig, packed, read_architecture
 
 
 @dataclass(frozen=True)
-class RigConfig:
+class RigConfig(UNetConfig):
     """Architecture of a DiffusionRig denoiser. The defaults are the published 256 px model.
 
-    image_size             px; the network runs on any multiple of 2^(levels-1)
-    width                  channels at multiplier 1; width * multiplier is a multiple of norm_groups
-    channel_mult           one multiplier a level, finest first
-    num_res_blocks         per level on the way down (one more on the way up)
-    attention_resolutions  feature sizes in px, at `image_size`, that get attention (the middle always does)
-    num_heads              of each attention
-    latent_dim             size of the global code
-    encoder_width          channels of the ResNet-18's first stage (64 in the published models)
-    dropout                in every residual block, training only
-    norm_groups            of the normalisations (32 in the published models). A group of one channel loses
-                           its mean, with it brightness and tint: give narrow networks fewer, 8 at width 32
+    latent_dim     size of the global code
+    encoder_width  channels of the ResNet-18's first stage (64 in the published models)
     """
 
-    image_size: int = 256
-    width: int = 128
-    channel_mult: tuple[float, ...] = (1, 1, 2, 2, 4, 4)
-    num_res_blocks: int = 2
-    attention_resolutions: tuple[int, ...] = (16,)
-    num_heads: int = 1
+    dropout: float = 0.1
     latent_dim: int = 64
     encoder_width: int = 64
-    dropout: float = 0.1
-    norm_groups: int = GROUPS
-
-    def __post_init__(self):
-        object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
-        object.__setattr__(self, "attention_resolutions", tuple(self.attention_resolutions))
-        for name in "image_size width num_res_blocks num_heads latent_dim encoder_width norm_groups".split():
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number above 0, got {getattr(self, name)!r}"[:100])
-        for mult, channels in zip(self.channel_mult, self.channels, strict=True):
-            if not channels or channels % self.norm_groups:
-                raise ValueError(
-                    f"width {self.width} x multiplier {mult} gives {channels} channels: "
-                    f"choose a multiple of norm_groups, {self.norm_groups}"
-                )
-            if channels % self.num_heads:
-                raise ValueError(f"{channels} channels cannot be shared by {self.num_heads} heads")
-        if self.image_size % self.stride:
-            raise ValueError(
-                f"image_size {self.image_size} is not a multiple of {self.stride}, "
-                f"which {len(self.channel_mult)} levels need"
-            )
-
-    @property
-    def channels(self) -> list[int]:
-        """Channels of each level, finest first."""
-        return [round(self.width * m) for m in self.channel_mult]
-
-    @property
-    def stride(self) -> int:
-        """Picture sides must be multiples of this."""
-        return 2 ** (len(self.channel_mult) - 1)
-
-    def attends(self, level: int) -> bool:
-        return self.image_size >> level in self.attention_resolutions
-
-    def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
 
     @classmethod
     def from_state_dict(
@@ -95,40 +43,20 @@ class RigConfig:
         """Read the architecture off keys and shapes. Raises ValueError when it is another network's.
 
         What leaves no trace in the weights can be given: dropout, heads and norm groups (as published
-        by default), and the picture size. When that is None, the finest attention is taken to be at
-        16 px as published; without any, the coarsest level is taken to be 8 px.
+        by default), and the picture size (see `unet.read_architecture`).
         """
-        u = "denoisingUNet."
-        places = [m for k in state if (m := re.match(rf"{u}output_blocks\.(\d+)\.(\d)\.(\w+)", k))]
-        count = len({m[1] for m in places})
-        # each level's last block on the way up holds a second residual block, which doubles the size
-        ups = [int(m[1]) for m in places if m[2] != "0" and m[3] == "in_layers"]
-        n = min(ups, default=count - 1)
+        common = read_architecture(state, "denoisingUNet.", 0, "a DiffusionRig denoiser", image_size)
         try:
-            starts = range(1, count + 1, n + 1)
-            width = state[f"{u}time_embed.0.weight"].shape[1]
             latent_dim, top = state["encoder.fc.weight"].shape
-            widths = [
-                state[f"{u}input_blocks.{i}.0.out_layers.3.weight"].shape[0] for i in starts if i <= count
-            ]
-        except (KeyError, IndexError, ValueError) as e:
+        except (KeyError, ValueError) as e:
             raise ValueError(f"not the weights of a DiffusionRig denoiser: {e} is missing or odd") from e
-        if n < 1 or not widths or not width or count % (n + 1):
-            raise ValueError("not the weights of a DiffusionRig denoiser: blocks are missing")
-        attn = [f"{u}input_blocks.{i}.1.qkv.weight" in state for i in starts]
-        size = image_size or (16 << attn.index(True) if any(attn) else 8 << (len(widths) - 1))
-        mult = [w / width for w in widths]
         return cls(
-            image_size=size,
-            width=width,
-            channel_mult=tuple(int(m) if m == int(m) else m for m in mult),
-            num_res_blocks=n,
-            attention_resolutions=tuple(size >> i for i, a in enumerate(attn) if a),
+            **common,
             num_heads=num_heads,
-            latent_dim=latent_dim,
-            encoder_width=top // 8,
             dropout=dropout,
             norm_groups=norm_groups,
+            latent_dim=latent_dim,
+            encoder_width=top // 8,
         )
 
 
@@ -225,73 +153,6 @@ class RigCondition:
         return dataclasses.replace(self, physical=physical.to(like.device, like.dtype))
 
 
-class UNet(nn.Module):
-    """The ADM U-Net with resampling residual blocks, 3 + 9 channels in and 3 out."""
-
-    def __init__(self, config: RigConfig):
-        super().__init__()
-        c, g, emb = config, config.norm_groups, 4 * config.width
-        self.time_embed = nn.Sequential(nn.Linear(c.width, emb), nn.SiLU(), nn.Linear(emb, emb))
-
-        def res(channels: int, out: int, resample: str | None = None) -> ResBlock:
-            return ResBlock(channels, out, emb, c.dropout, c.latent_dim, None, resample, g)
-
-        def stage(level: int, channels: int) -> list[nn.Module]:
-            out = c.channels[level]
-            attention = [AttentionBlock(out, c.num_heads, g)] if c.attends(level) else []
-            return [res(channels, out), *attention]
-
-        ch = c.channels[0]
-        self.input_blocks = nn.ModuleList([nn.Sequential(nn.Conv2d(12, ch, 3, padding=1))])
-        skips = [ch]
-        for level, out in enumerate(c.channels):
-            for _ in range(c.num_res_blocks):
-                self.input_blocks.append(nn.Sequential(*stage(level, ch)))
-                ch = out
-                skips.append(ch)
-            if level < len(c.channels) - 1:
-                self.input_blocks.append(nn.Sequential(res(ch, ch, "down")))
-                skips.append(ch)
-        self.middle_block = nn.Sequential(res(ch, ch), AttentionBlock(ch, c.num_heads, g), res(ch, ch))
-        self.output_blocks = nn.ModuleList()
-        for level, out in reversed(list(enumerate(c.channels))):
-            for i in range(c.num_res_blocks + 1):
-                layers = stage(level, ch + skips.pop())
-                ch = out
-                if level and i == c.num_res_blocks:
-                    layers.append(res(ch, ch, "up"))
-                self.output_blocks.append(nn.Sequential(*layers))
-        self.out = nn.Sequential(nn.GroupNorm(g, ch), nn.SiLU(), nn.Conv2d(ch, 3, 3, padding=1))
-        nn.init.zeros_(self.out[2].weight)
-        nn.init.zeros_(self.out[2].bias)
-        self._res = tuple(m for m in self.modules() if isinstance(m, ResBlock))
-
-    def details(self, code: Tensor) -> tuple[Tensor, Tensor]:
-        """Code [M,latent_dim] -> gain and offset [M, sum of C] of all residual blocks, float32."""
-        scale, offset = project([b.cond_emb_layers for b in self._res], code)
-        return 1 + scale, offset
-
-    def forward(self, x: Tensor, t: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
-        """x [B,12,H,W], t [B] -> [B,3,H,W]; gain and offset as `details` gives them."""
-        e = timestep_embedding(shared(t), self.time_embed[0].in_features)
-        e = self.time_embed(e.to(self.time_embed[0].weight.dtype))
-        modulation = iter(fold(self._res, e, gain, offset))
-
-        def run(layers: nn.Sequential, h: Tensor) -> Tensor:
-            for layer in layers:
-                h = layer(h, *next(modulation)) if isinstance(layer, ResBlock) else layer(h)
-            return h
-
-        h, skips = x, []
-        for layers in self.input_blocks:
-            h = run(layers, h)
-            skips.append(h)
-        h = run(self.middle_block, h)
-        for layers in self.output_blocks:
-            h = run(layers, torch.cat([h, skips.pop()], 1))
-        return self.out[2](norm_silu(h, self.out[0]))
-
-
 class DiffusionRig(nn.Module):
     """eps = model(x_t, t, model.condition(physical, image)).
 
@@ -302,7 +163,7 @@ class DiffusionRig(nn.Module):
     def __init__(self, config: RigConfig):
         super().__init__()
         self.config = config
-        self.denoisingUNet = UNet(config)
+        self.denoisingUNet = UNet(config, 12, detail_dim=config.latent_dim)
         self.encoder = ResNet18(config.latent_dim, config.encoder_width)
 
     @property
@@ -313,7 +174,7 @@ class DiffusionRig(nn.Module):
         """[B,3,H,W] in -1..1, the whole photo at the denoiser's size -> code [B,latent_dim]."""
         if image.ndim != 4 or image.shape[1] != 3:
             raise ValueError(f"the photo must be [B,3,H,W] in -1..1, got {list(image.shape)}")
-        return self.encoder(_packed(image.to(self.dtype)))
+        return self.encoder(packed(image.to(self.dtype)))
 
     def condition(
         self, physical: Tensor, image: Tensor | None = None, *, code: Tensor | None = None
@@ -332,7 +193,8 @@ class DiffusionRig(nn.Module):
             raise ValueError(f"code must be [M,{self.config.latent_dim}], got {list(code.shape)}")
         if len(code) not in (1, len(physical)):
             raise ValueError(f"{len(code)} photos cannot serve {len(physical)} buffers: give 1 or as many")
-        return RigCondition(physical.to(self.dtype), code, *self.denoisingUNet.details(code))
+        scale, offset = project([b.cond_emb_layers for b in self.denoisingUNet.res_blocks], code)
+        return RigCondition(physical.to(self.dtype), code, 1 + scale, offset)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: RigCondition) -> Tensor:
         """x_t [B,3,H,W], t [B] original timesteps 0..999 (may be fractional) -> eps [B,3,H,W].
@@ -347,10 +209,5 @@ class DiffusionRig(nn.Module):
                 f"buffers are {list(condition.physical.shape[2:])}, the picture is {size}: render at its size"
             )
         c = condition.expand(b)
-        x = _packed(torch.cat([x_t.to(self.dtype), c.physical.to(self.dtype)], 1))
+        x = packed(torch.cat([x_t.to(self.dtype), c.physical.to(self.dtype)], 1))
         return self.denoisingUNet(x, t.expand(b), c.gain, c.offset).to(x_t.dtype)
-
-
-def _packed(x: Tensor) -> Tensor:
-    """Channels last, which convolutions and attention prefer on CPU and CUDA."""
-    return x.contiguous(memory_format=torch.channels_last) if x.device.type in ("cpu", "cuda") else x
