@@ -49,6 +49,7 @@ class SynthBatch(Batch):
     background [B,1,S,S] seen backdrop
     shadow     [B,1,S,S] share of the lamps' diffuse light that other surfaces block, 0 outside the skin
     cast       [B] the same for the whole of the seen skin: 0 no cast shadows .. 1 the lamps do not reach it
+    dim        [B] share of all light (lamps and sky) on the seen facial skin that is lost to cast shadows
     key        [B,3] direction to the main lamp
     """
 
@@ -62,6 +63,7 @@ class SynthBatch(Batch):
     background: Tensor
     shadow: Tensor
     cast: Tensor
+    dim: Tensor
     key: Tensor
 
     def _map(self, f):
@@ -69,13 +71,22 @@ class SynthBatch(Batch):
 
 
 def render(
-    seeds, size: int = 128, device="cpu", *, person=None, pose=None, light=None, scene=None, camera=None
+    seeds,
+    size: int = 128,
+    device="cpu",
+    *,
+    person=None,
+    pose=None,
+    light=None,
+    scene=None,
+    camera=None,
+    shadows: bool = True,
 ) -> SynthBatch:
     """Render portraits. seeds: B integers; each of person, pose (with expression), light, scene (backdrop and
     clothes), camera (framing and development) takes its own seeds [B] where given, else `seeds`.
 
     Each portrait depends on its five seeds only, never on the rest of the batch. size: even, at least 32.
-    Same person under another light: render(seeds, light=other).
+    Same person under another light: render(seeds, light=other). Without `shadows` the lamps cast none.
     Raises ValueError for odd sizes and for counts of seeds that differ.
     """
     if size < 32 or size % 2:
@@ -89,13 +100,13 @@ def render(
         parts.append(own)
     if not seeds:
         raise ValueError("no seeds: give at least one")
-    items = [_portrait(s, size, torch.device(device)) for s in zip(*parts)]
+    items = [_portrait(s, size, torch.device(device), shadows) for s in zip(*parts)]
     code = cat([i.code for i in items])
     fields = {k: torch.cat([getattr(i, k) for i in items]) for k in vars(items[0]) if k != "code"}
     return SynthBatch(code=code, **fields)
 
 
-def _portrait(seeds: tuple[int, ...], size: int, device) -> SynthBatch:
+def _portrait(seeds: tuple[int, ...], size: int, device, shadows: bool) -> SynthBatch:
     """One portrait from the seeds of person, pose, light, scene and camera."""
     t = mesh.template(str(device))
     head = t.head
@@ -111,7 +122,7 @@ def _portrait(seeds: tuple[int, ...], size: int, device) -> SynthBatch:
     person = replace(person, hair_colour=_hair_colour(t, texture, person))
     code, marks = frame(head, person, pose, camera, size)
     m = mesh.assemble(t, person, code.shape, code.exp, code.pose)
-    stage = pixels.stage(t, m, code, person, scene, lights, size * SUPERSAMPLE)
+    stage = pixels.stage(t, m, code, person, scene, lights, size * SUPERSAMPLE, shadows)
     solid = pixels.solid(stage, texture, _smile(head, code))
     return _compose(stage, solid, texture, lights, camera, marks, size)
 
@@ -124,8 +135,10 @@ def _compose(s: pixels.Stage, solid: pixels.Solid, texture, lights, camera, mark
     gain = pixels.exposure(solid.light[face], look.bare_skin(texture, t.cheek_map), camera)
     is_head = (solid.material != mesh.CLOTH) & (solid.material != mesh.FRAME)
     kinds = torch.stack([is_head, is_skin, is_cloth, torch.ones_like(is_skin)], 1).float()
-    values = torch.cat([solid.radiance * gain, kinds, solid.lamps * kinds[:, 1:2]], 1)
-    radiance, kinds, lamps = pixels.scatter(index, values, s.side).split([3, 4, 2], 1)
+    lost = solid.lamps[:, 1] - solid.lamps[:, 0]
+    lost = torch.stack([lost, solid.light @ lost.new_tensor(sh.LUMINANCE) + lost], 1) * face[:, None]
+    values = torch.cat([solid.radiance * gain, kinds, solid.lamps * kinds[:, 1:2], lost], 1)
+    radiance, kinds, lamps = pixels.scatter(index, values, s.side).split([3, 4, 4], 1)
     backdrop = F.interpolate(s.scene.background, (s.side, s.side), mode="bicubic", align_corners=False)
     backdrop = backdrop.clamp_min(0) * (camera.white[0] * 2 ** camera.exposure[0])[:, None, None]
     fibres, hair = pixels.hair(s, solid.part)
@@ -133,7 +146,7 @@ def _compose(s: pixels.Stage, solid: pixels.Solid, texture, lights, camera, mark
     radiance = radiance * (1 - hair) + fibres * gain[:, None, None]
     bare = 1 - hair  # lamps and kinds are counted where the hair lets them be seen
     kinds = torch.cat([kinds[:, :1], kinds[:, 1:3] * bare, (1 - kinds[:, 3:]) * bare, hair, lamps * bare], 1)
-    head, skin, cloth, background, hair, lit, free = F.avg_pool2d(kinds, SUPERSAMPLE).split(1, 1)
+    head, skin, cloth, background, hair, lit, free, *lost = F.avg_pool2d(kinds, SUPERSAMPLE).split(1, 1)
     shadow = torch.where(free > 1e-3, 1 - lit / free.clamp_min(1e-3), torch.zeros_like(free))
     return SynthBatch(
         image=lens.develop(radiance, camera),
@@ -146,6 +159,7 @@ def _compose(s: pixels.Stage, solid: pixels.Solid, texture, lights, camera, mark
         background=background,
         shadow=shadow.clamp(0, 1),
         cast=(1 - lit.sum() / free.sum().clamp_min(1e-6)).clamp(0, 1).reshape(1),
+        dim=(lost[0].sum() / lost[1].sum().clamp_min(1e-6)).clamp(0, 1).reshape(1),
         key=lights.key,
     )
 

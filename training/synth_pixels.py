@@ -5,7 +5,7 @@ One portrait at a time (batch axis 1), so that no portrait depends on its neighb
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -82,12 +82,17 @@ class Stage:
         return torch.cat(diffuse(normals, self.sky, seen, torch.zeros_like(verts)), -1)
 
 
-def stage(t, m, code: FaceCode, person: Person, scene: Scene, lights: Lights, side: int) -> Stage:
-    """Split the light into lamps and sky and make their depth maps. Lamps that are off are left out."""
+def stage(
+    t, m, code: FaceCode, person: Person, scene: Scene, lights: Lights, side: int, shadows: bool = True
+) -> Stage:
+    """Split the light into lamps and sky and make their depth maps. Lamps that are off are left out.
+    Without `shadows` nothing stands between the lamps and what they light."""
     on = (lights.colour[0, :AREA].sum(1) > 0).nonzero()[:, 0]
     lamps = Lights(lights.direction[:, on], lights.colour[:, on], lights.key)
     sky = Lights(lights.direction[:, AREA:], lights.colour[:, AREA:], lights.key)
     fine = shadow_maps(m.caster, m.caster_faces, lamps.direction, FINE, m.scope)
+    if not shadows:
+        fine = replace(fine, depth=torch.full_like(fine.depth, 1e3))
     rough = shadow_maps(m.caster, m.caster_faces, sky.direction, ROUGH, m.scope)
     return Stage(t, m, code, person, scene, lamps, sky, fine, rough, side)
 
