@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .denoisers.relight import DiFaReli, RelightConfig, both
 from .denoisers.rig import DiffusionRig, RigConfig
 from .heads.open_head import OpenHead
 from .unpickle import Refused
@@ -53,7 +54,7 @@ def load_rig(
 
     path: ours, or a published model*.pt (a bare state dict: 16 px attention and one head are assumed);
     None takes the pack's own. meta: kind, config, head ("open" or "flame"), and whatever else was
-    given to `save_rig`, tensors included. The architecture is read off the weights.
+    given to `save_denoiser`, tensors included. The architecture is read off the weights.
     """
     path = Path(path or ASSETS / "diffusion_rig_128.safetensors")
     tensors, meta = read(path)
@@ -62,17 +63,56 @@ def load_rig(
         _require(path, "a DiffusionRig denoiser", meta, "diffusion_rig", tensors, advice)
     else:
         meta = {"kind": "diffusion_rig", "head": "flame"}
+    return _denoiser(path, tensors, meta, DiffusionRig, RigConfig, advice, device, dtype)
+
+
+def load_relight(
+    path: str | Path | None = None,
+    modulator: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[DiFaReli, dict]:
+    """A DiFaReli denoiser in evaluation mode and what its files say about it.
+
+    path: ours, or a published ImgCond_*.pt; None takes the pack's own. modulator: for a published denoiser
+    its ImgEncoder_*.pt; None looks for the file of that name beside it (attention at 16 and 8 px and four
+    heads are assumed). meta as for `load_rig`.
+    """
+    path = Path(path or ASSETS / "difareli_128.safetensors")
+    tensors, meta = read(path)
+    advice = (
+        "choose a DiFaReli file (ImgCond_*.pt with its ImgEncoder_*.pt), or train one with training.relight"
+    )
+    if "kind" in meta or "input_blocks.1.1.cond_proj_layers.0.weight" not in tensors:
+        _require(path, "a DiFaReli denoiser", meta, "difareli", tensors, advice)
+    else:
+        second = Path(modulator or path.with_name(path.name.replace("ImgCond", "ImgEncoder")))
+        if second == path or not second.exists():
+            raise CheckpointError(
+                f"{path}: its Modulator is missing: put {second.name.replace('ImgCond', 'ImgEncoder')} "
+                "of the same training step beside it, or name it"
+            )
+        encoder, _ = read(second)
+        if "input_blocks.1.0.in_layers.0.weight" not in encoder or "time_embed.0.weight" in encoder:
+            raise CheckpointError(f"{second}: expected DiFaReli's Modulator (ImgEncoder_*.pt); {advice}")
+        tensors, meta = both(tensors, encoder), {"kind": "difareli", "head": "flame"}
+    return _denoiser(path, tensors, meta, DiFaReli, RelightConfig, advice, device, dtype)
+
+
+def _denoiser(path: Path, tensors: dict, meta: dict, model_type, config_type, advice: str, device, dtype):
+    """The network of a denoiser's tensors; meta gains those below "meta." and the config."""
     meta |= {k.removeprefix("meta."): tensors.pop(k) for k in list(tensors) if k.startswith("meta.")}
+    what = model_type.__name__
     try:
         known = meta.get("config", {})
         hidden = ("image_size", "num_heads", "dropout", "norm_groups")  # not to be seen in the weights
         known = {k: known[k] for k in hidden if k in known}
-        config = RigConfig.from_state_dict(tensors, **known)
+        config = config_type.from_state_dict(tensors, **known)
         with torch.device("meta"):
-            model = DiffusionRig(config)
+            model = model_type(config)
         _match(model.state_dict(), tensors)
     except (AttributeError, RuntimeError, TypeError, ValueError, OverflowError) as e:
-        raise CheckpointError(f"{path}: not a usable DiffusionRig denoiser: {_line(e)}; {advice}") from e
+        raise CheckpointError(f"{path}: not a usable {what} denoiser: {_line(e)}; {advice}") from e
     broken = next((k for k, v in tensors.items() if not v.isfinite().all()), None)
     if broken:
         raise CheckpointError(
@@ -84,8 +124,10 @@ def load_rig(
     return model.requires_grad_(False).eval().to(memory_format=torch.channels_last), meta
 
 
-def save_rig(path: str | Path, model: DiffusionRig, meta: dict | None = None, half: bool = False) -> None:
-    """Write a denoiser so that `load_rig` gives it back with meta (JSON values and tensors).
+def save_denoiser(
+    path: str | Path, model: DiffusionRig | DiFaReli, meta: dict | None = None, half: bool = False
+) -> None:
+    """Write a denoiser so that its loader gives it back with meta (JSON values and tensors).
 
     half: matrices and kernels as float16, norms, biases and statistics as float32. They come back as
     float32 holding exactly the stored values: weights within a factor 1 +- 2^-11 of the original
@@ -101,7 +143,8 @@ def save_rig(path: str | Path, model: DiffusionRig, meta: dict | None = None, ha
     meta = dict(meta or {})
     tensors |= {f"meta.{k}": v for k, v in meta.items() if isinstance(v, Tensor)}
     plain = {k: v for k, v in meta.items() if not isinstance(v, Tensor)}
-    save(path, tensors, {"head": "open", **plain, "kind": "diffusion_rig", "config": model.config.to_dict()})
+    kind = "difareli" if isinstance(model, DiFaReli) else "diffusion_rig"
+    save(path, tensors, {"head": "open", **plain, "kind": kind, "config": model.config.to_dict()})
 
 
 def save(path: str | Path, tensors: dict[str, Tensor], meta: dict) -> None:

@@ -60,7 +60,7 @@ def archive(path, data_pkl, members=(), compression=zipfile.ZIP_STORED):
 def test_rig_comes_back_exactly(tmp_path):
     model, path = rig(), tmp_path / "a.safetensors"
     mean_shape = torch.randn(57)
-    checkpoints.save_rig(path, model, {"step": 12, "stage": 2, "mean_shape": mean_shape})
+    checkpoints.save_denoiser(path, model, {"step": 12, "stage": 2, "mean_shape": mean_shape})
     found, meta = checkpoints.load_rig(path)
     assert same(found, model) and not found.training
     assert found.config == CONFIG
@@ -77,7 +77,7 @@ def test_rig_comes_back_exactly(tmp_path):
 
 def test_loaded_rig_computes_and_trains(tmp_path):
     model, path = rig(), tmp_path / "a.safetensors"
-    checkpoints.save_rig(path, model)
+    checkpoints.save_denoiser(path, model)
     found, _ = checkpoints.load_rig(path)
     x, physical = torch.randn(1, 3, 32, 32), torch.randn(1, 9, 32, 32)
     t = torch.tensor([100])
@@ -90,13 +90,13 @@ def test_loaded_rig_computes_and_trains(tmp_path):
 
 def test_half_precision_files(tmp_path):
     model = rig()
-    checkpoints.save_rig(tmp_path / "full.safetensors", model)
-    checkpoints.save_rig(tmp_path / "half.safetensors", model, half=True)
+    checkpoints.save_denoiser(tmp_path / "full.safetensors", model)
+    checkpoints.save_denoiser(tmp_path / "half.safetensors", model, half=True)
     full, half = (checkpoints.load_rig(tmp_path / f"{n}.safetensors")[0] for n in ("full", "half"))
     for (k, a), b in zip(full.state_dict().items(), half.state_dict().values()):
         assert a.dtype == b.dtype
         assert torch.equal(b, a) if a.ndim < 2 else ((b - a).abs() <= a.abs() * 2**-11 + 3e-8).all(), k
-    checkpoints.save_rig(tmp_path / "again.safetensors", half, half=True)
+    checkpoints.save_denoiser(tmp_path / "again.safetensors", half, half=True)
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "half.safetensors").read_bytes()
     sizes = [(tmp_path / f"{n}.safetensors").stat().st_size for n in ("half", "full")]
     assert sizes[0] < 0.55 * sizes[1]
@@ -105,12 +105,12 @@ def test_half_precision_files(tmp_path):
 def test_half_precision_keeps_what_float16_cannot_hold(tmp_path):
     model = rig()
     model.denoisingUNet.out[2].weight.data.fill_(1e6)
-    checkpoints.save_rig(tmp_path / "a.safetensors", model, half=True)
+    checkpoints.save_denoiser(tmp_path / "a.safetensors", model, half=True)
     assert (checkpoints.load_rig(tmp_path / "a.safetensors")[0].denoisingUNet.out[2].weight == 1e6).all()
 
 
 def test_requested_precision(tmp_path):
-    checkpoints.save_rig(tmp_path / "a.safetensors", rig())
+    checkpoints.save_denoiser(tmp_path / "a.safetensors", rig())
     model, _ = checkpoints.load_rig(tmp_path / "a.safetensors", dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.encoder.bn1.num_batches_tracked.dtype == torch.int64
@@ -378,7 +378,7 @@ def test_rig_with_a_false_architecture_is_not_built(tmp_path):
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
 def test_cut_files(tmp_path, name):
     path, model = tmp_path / name, rig(PUBLISHED)
-    torch.save(model.state_dict(), path) if name == "a.pt" else checkpoints.save_rig(path, model)
+    torch.save(model.state_dict(), path) if name == "a.pt" else checkpoints.save_denoiser(path, model)
     whole = path.read_bytes()
     for n in (0, 1, 7, 8, 9, 30, 100, 5000, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:n])
@@ -407,7 +407,7 @@ def test_foreign_files(tmp_path, content, found):
 
 
 def test_files_of_another_kind(tmp_path):
-    checkpoints.save_rig(tmp_path / "rig.safetensors", rig())
+    checkpoints.save_denoiser(tmp_path / "rig.safetensors", rig())
     assert "expected an open head, found kind 'diffusion_rig'" in line(
         tmp_path / "rig.safetensors", checkpoints.load_head
     )

@@ -15,7 +15,7 @@ def test_demo_writes_every_edit_and_leaves_the_rest_of_the_photo(tmp_path, monke
     torch.manual_seed(0)
     model = DiffusionRig(RigConfig(64, 32, (1, 2), 1, (), 1, 0.0, 8, 8, 16))
     torch.nn.init.normal_(model.denoisingUNet.out[2].weight, std=0.02)
-    checkpoints.save_rig(tmp_path / "tiny.safetensors", model)
+    checkpoints.save_denoiser(tmp_path / "tiny.safetensors", model)
     photo = checkpoints.ASSETS / "astronaut.jpg"
     out = tmp_path / "out"
     arguments = ["demo", str(photo), "--rig", str(tmp_path / "tiny.safetensors"), "--out", str(out)]

@@ -87,7 +87,7 @@ def host(tmp_path_factory):
     torch.manual_seed(0)
     net = rig.DiffusionRig(rig.RigConfig(SIZE, 32, (1, 1, 2), 1, (16,), latent_dim=16, encoder_width=8))
     torch.nn.init.normal_(net.denoisingUNet.out[2].weight, std=0.02)
-    host.core.checkpoints.save_rig(host.base / "models" / "face_rig" / "tiny.safetensors", net)
+    host.core.checkpoints.save_denoiser(host.base / "models" / "face_rig" / "tiny.safetensors", net)
     return host
 
 

@@ -72,7 +72,7 @@ def model(pack):
     net = rig.DiffusionRig(rig.RigConfig(SIZE, 32, (1, 1, 2), 1, (16,), latent_dim=16, encoder_width=8))
     torch.nn.init.normal_(net.denoisingUNet.out[2].weight, std=0.02)
     path = pack.host.folder / "models" / "face_rig" / "tiny.safetensors"
-    pack.core.checkpoints.save_rig(path, net)
+    pack.core.checkpoints.save_denoiser(path, net)
     model, size = pack.run("LoadDiffusionRig", file="tiny.safetensors")
     assert size == SIZE
     return model

@@ -196,7 +196,7 @@ def test_state_of_another_network_is_refused(tmp_path):
     other = DiffusionRig(RigConfig(16, 32, (1, 2), 1, (8,), latent_dim=8, encoder_width=4))
     with pytest.raises(ValueError, match="state of another network"):
         run(tmp_path, 2, model=other, resume=True)
-    checkpoints.save_rig(tmp_path / train.STATE, tiny())
+    checkpoints.save_denoiser(tmp_path / train.STATE, tiny())
     with pytest.raises(ValueError, match="no training state"):
         run(tmp_path, 2, resume=True)
 

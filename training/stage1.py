@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
             config, model, out, batches, train.rig_inputs(head, a.size, device, not a.no_flip), device,
             resume=a.resume, options={"arguments": vars(a), "architecture": model.config.to_dict()},
             on_sample=lambda ema, step: save_picture(sheet(ema), out / "samples" / f"{step:07d}.png"),
-            on_save=lambda ema, step: checkpoints.save_rig(
+            on_save=lambda ema, step: checkpoints.save_denoiser(
                 out / "model.safetensors", ema, {**about, "step": step}, half=True
             ),
         )  # fmt: skip
