@@ -1,0 +1,174 @@
+"""Train a DiFaReli denoiser and its Modulator together (Ponglertnapakorn et al. 2023, section 3.4).
+
+    python -m training.relight --annotate --data DIR
+    python -m training.relight --data DIR --out COARSE --preset coarse --size 64 --noise-std 0.5
+    python -m training.relight --data DIR --out FINE --size 128 --grow COARSE/state.safetensors
+    torchrun --nproc_per_node 8 -m training.relight --preset official --data DIR --out RUN --size 256
+
+The same command with --resume continues a run. --rig starts from the denoiser of a DiffusionRig run.
+RUN/model.safetensors is what the loader reads; samples/ shows faces of the "val" split: photo, reference,
+reconstruction from the inverted photo, and the same noise under the neighbour's light.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rig_core import checkpoints, conditions, train
+from rig_core.data import Dataset, Loader
+from rig_core.denoisers.relight import DiFaReli, RelightConfig, start_open
+from rig_core.diffusion import linear_schedule, respace
+from rig_core.samplers import invert, sample
+from training import relight_data
+from training.grow import from_rig, grow_relight
+from training.stage1 import save_picture
+
+# levels: those of the U-Net that get attention, 0 the finest
+# fmt: off
+PRESETS = {
+    #            width  channel_mult          blocks  levels   heads  proj  groups
+    "coarse":   (32,    (1, 2, 3, 4),         1,      (2,),    1,     64,   8),
+    "small":    (32,    (1, 1, 2, 3, 4),      1,      (3,),    1,     64,   8),
+    "official": (128,   (1, 1, 2, 2, 4, 4),   2,      (4, 5),  4,     512,  32),
+}
+# fmt: on
+
+
+def config_of(preset: str, size: int, cond_dim: int) -> RelightConfig:
+    """The architecture of a preset at a picture size."""
+    width, mult, blocks, levels, heads, proj, groups = PRESETS[preset]
+    attention = tuple(size >> level for level in levels)
+    return RelightConfig(size, width, mult, blocks, attention, heads, 0.0, groups, cond_dim, proj)
+
+
+def contact_sheet(head, dataset: Dataset, size: int, device, count: int = 6):
+    """on_sample for `train`: a function (model, step) -> [3, 4 size, count size] in 0..1."""
+    picks = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
+    photo = dataset.images(picks, size).to(device).float() / 255
+    code = dataset.codes(picks).resized((size, size)).to(device)
+    row = relight_data.Table([dataset], size)(torch.tensor(picks), device)
+    vector = conditions.vector(code, row["embed"], row["shadow"])
+    behind = conditions.background(photo, row["matte"])
+    lit = code.replace(light=code.light.roll(1, 0))
+    visible = conditions.visibility(head, lit, size)
+    references = [
+        conditions.shading_reference(head, code, size, row["visible"]),
+        conditions.shading_reference(head, lit, size, visible),
+    ]
+    schedule = respace(linear_schedule(), "quad20")
+
+    def draw(model: DiFaReli) -> Tensor:
+        rows = [photo, references[0].clamp(0, 1)]
+        with torch.no_grad():
+            before, after = (model.condition(conditions.spatial(r, behind), vector) for r in references)
+        noise = invert(model, photo * 2 - 1, before, schedule, "ab2")
+        for c in (before, after):
+            rows.append((sample(model, noise, c, schedule, "ab2") / 2 + 0.5).clamp(0, 1))
+        return torch.cat([torch.cat(list(row), -1) for row in rows], -2).cpu()
+
+    return draw
+
+
+def arguments() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", action="append", required=True, metavar="DIR", help="dataset folder; repeatable")
+    p.add_argument("--annotate", action="store_true", help="only work out what training needs of --data")
+    p.add_argument("--mix", action="append", type=float, help="share of each --data, in their order")
+    p.add_argument("--out", help="run folder")
+    p.add_argument("--preset", choices=PRESETS, default="small")
+    p.add_argument("--size", type=int, default=128, help="picture size in px")
+    p.add_argument("--head", help="head file; the pack's open head by default")
+    p.add_argument("--rig", help="start from the denoiser of this DiffusionRig run or file, of the same size")
+    p.add_argument("--grow", help="start from this run of half the size, trained with --noise-std 0.5")
+    p.add_argument("--noise-std", type=float, default=1.0, help="0.5 for a run that will be grown")
+    p.add_argument("--cast", type=float, default=0.5, help="share of references with the cast-shadow map")
+    p.add_argument("--batch", type=int, default=16, help="per process")
+    p.add_argument("--steps", type=int, default=100_000)
+    p.add_argument("--minutes", type=float, default=0.0, help="stop after this long; 0: no limit")
+    p.add_argument("--lr", type=float, default=1e-4)
+    p.add_argument("--warmup", type=int, default=500, help="steps of linear learning-rate warm-up")
+    p.add_argument("--ema", type=float, default=0.9999)
+    p.add_argument("--no-flip", action="store_true")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="bf16 on a GPU, fp32 on a CPU")
+    p.add_argument("--threads", type=int, help="CPU threads of torch")
+    p.add_argument("--save-minutes", type=float, default=10.0)
+    p.add_argument("--sample-every", type=int, default=2000, help="steps between sample sheets")
+    p.add_argument("--log-every", type=int, default=50)
+    p.add_argument("--resume", action="store_true")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = arguments()
+    a = parser.parse_args(argv)
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    head = checkpoints.load_head(a.head)
+    if a.annotate:
+        for folder in a.data:
+            relight_data.annotate(head, folder)
+        return
+    if not a.out:
+        parser.error("--out is needed: the folder of the run")
+    index = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    rank, world = train.ranks()
+    out = Path(a.out)
+    config = train.Config(
+        steps=a.steps, lr=a.lr, warmup=a.warmup, ema=a.ema, p2_gamma=0.0, seed=a.seed,
+        noise_std=a.noise_std, minutes=a.minutes,
+        precision=a.precision or ("bf16" if device.type == "cuda" else "fp32"),
+        log_every=a.log_every, save_minutes=a.save_minutes, sample_every=a.sample_every,
+    )  # fmt: skip
+    torch.manual_seed(a.seed)
+    head = head.to(device)
+    folders = [Dataset.open(d) for d in a.data]
+    chosen = [d.select("train") for d in folders]
+    for d in chosen:
+        if len(d) * 3 * a.size**2 < 2 << 30:
+            d.preload(a.size)
+    table = relight_data.Table(chosen, a.size)
+    model = _model(a, head, table)
+    shown = next((d for d in (f.select("val") for f in folders) if len(d)), chosen[0])
+    sheet = contact_sheet(head, shown, a.size, device) if rank == 0 else None
+    about = {
+        "head": head.name,
+        "size": a.size,
+        "data": [Path(d).name for d in a.data],
+        "seed": a.seed,
+        "ema": a.ema,
+    }
+    prepare = relight_data.inputs(head, a.size, table, device, a.cast, not a.no_flip)
+    with Loader(chosen, a.size, a.batch, a.seed, a.mix, rank, world) as batches:
+        train.train(
+            config, model, out, batches, prepare, device,
+            resume=a.resume, options={"arguments": vars(a), "architecture": model.config.to_dict()},
+            on_sample=lambda ema, step: save_picture(sheet(ema), out / "samples" / f"{step:07d}.png"),
+            on_save=lambda ema, step: checkpoints.save_denoiser(
+                out / "model.safetensors", ema, {**about, "step": step}, half=True
+            ),
+        )  # fmt: skip
+
+
+def _model(a: argparse.Namespace, head, table: relight_data.Table) -> DiFaReli:
+    """The network to train; on resume its weights are replaced by the run's own."""
+    if a.grow and not (a.resume and (Path(a.out) / train.STATE).exists()):
+        return grow_relight(train.weights(a.grow), config_of(a.preset, a.size, 1).norm_groups)
+    sizes = head.sizes
+    cond_dim = sizes.shape + sizes.pose + sizes.exp + 3 + table.columns["embed"].shape[1] + 1
+    model = start_open(DiFaReli(config_of(a.preset, a.size, cond_dim)))
+    if a.rig:
+        from_rig(model, train.weights(a.rig))
+    return model
+
+
+if __name__ == "__main__":
+    main()
