@@ -19,6 +19,8 @@ from torch import Tensor
 
 from .denoisers.relight import DiFaReli, RelightConfig, both
 from .denoisers.rig import DiffusionRig, RigConfig
+from .estimators.identity import ArcFace, ArcFaceConfig
+from .estimators.parsing import BiSeNet
 from .heads.open_head import OpenHead
 from .unpickle import Refused
 from .unpickle import load as unpickle
@@ -122,6 +124,56 @@ def _denoiser(path: Path, tensors: dict, meta: dict, model_type, config_type, ad
     model.load_state_dict(ready, assign=True)
     meta["config"] = config.to_dict()
     return model.requires_grad_(False).eval().to(memory_format=torch.channels_last), meta
+
+
+def load_parser(path: str | Path, device: torch.device | str = "cpu") -> BiSeNet:
+    """The face parser in evaluation mode, from the published 79999_iter.pth or the same tensors otherwise."""
+    path = Path(path)
+    tensors, meta = read(path)
+    advice = "choose face-parsing.PyTorch's 79999_iter.pth"
+    if "kind" in meta or "cp.arm16.conv.conv.weight" not in tensors:
+        _require(path, "the face parser BiSeNet", meta, "bisenet", tensors, advice)
+    with torch.device("meta"):
+        model = BiSeNet()
+    try:
+        _match(model.state_dict(), tensors)
+    except ValueError as e:
+        raise CheckpointError(f"{path}: not a usable face parser of 19 classes: {_line(e)}; {advice}") from e
+    broken = next((k for k, v in tensors.items() if not v.isfinite().all()), None)
+    if broken:
+        raise CheckpointError(f"{path}: '{broken}' holds numbers that are not finite: download it again")
+    ready = {k: v.to(device, torch.float32 if v.is_floating_point() else None) for k, v in tensors.items()}
+    model.load_state_dict(ready, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def load_identity(path: str | Path | None = None, device: torch.device | str = "cpu") -> ArcFace:
+    """An identity encoder in evaluation mode, float32.
+
+    path: ours, or the published BEST_checkpoint_r18.tar (a pickled network, of which only the tensors are
+    read) or its weights; None takes the pack's own. The architecture is read off the weights.
+    """
+    path = Path(path or ASSETS / "identity.safetensors")
+    tensors, meta = read(path)
+    advice = "choose an ArcFace file (BEST_checkpoint_r18.tar), or train one with training.estimators"
+    tensors = {k.removeprefix("model.").removeprefix("module."): v for k, v in tensors.items()}
+    if "kind" in meta or not {"conv1.weight", "fc.weight", "bn3.running_mean"} <= tensors.keys():
+        _require(path, "an identity encoder", meta, "identity", tensors, advice)
+    try:
+        config = ArcFaceConfig.from_state_dict(tensors)
+        with torch.device("meta"):
+            model = ArcFace(config)
+        counters = {k: v for k, v in model.state_dict().items() if k.endswith(".num_batches_tracked")}
+        tensors = {k: torch.zeros_like(v, device="cpu") for k, v in counters.items()} | tensors
+        _match(model.state_dict(), tensors)
+    except (AttributeError, RuntimeError, TypeError, ValueError, OverflowError) as e:
+        raise CheckpointError(f"{path}: not a usable identity encoder: {_line(e)}; {advice}") from e
+    broken = next((k for k, v in tensors.items() if not v.isfinite().all()), None)
+    if broken:
+        raise CheckpointError(f"{path}: '{broken}' holds numbers that are not finite: download it again")
+    ready = {k: v.to(device, torch.float32 if v.is_floating_point() else None) for k, v in tensors.items()}
+    model.load_state_dict(ready, assign=True)
+    return model.requires_grad_(False).eval()
 
 
 def save_denoiser(
