@@ -21,6 +21,7 @@ from .denoisers.relight import DiFaReli, RelightConfig, both
 from .denoisers.rig import DiffusionRig, RigConfig
 from .estimators.identity import ArcFace, ArcFaceConfig
 from .estimators.parsing import BiSeNet
+from .estimators.shadow import DiffAEShadow, SemanticEncoder, ShadowNet
 from .heads.open_head import OpenHead
 from .unpickle import Refused
 from .unpickle import load as unpickle
@@ -176,6 +177,75 @@ def load_identity(path: str | Path | None = None, device: torch.device | str = "
     return model.requires_grad_(False).eval()
 
 
+def load_shadow(
+    path: str | Path | None = None,
+    weights: str | Path | None = None,
+    device: torch.device | str = "cpu",
+) -> ShadowNet | DiffAEShadow:
+    """An estimator of the cast-shadow scalar in evaluation mode, float32.
+
+    path: ours, or DiffAE's published ffhq256_autoenc last.ckpt, of which the averaged encoder is read; None
+    takes the pack's own. weights: for DiffAE DiFaReli's classifier; None looks for shadow_cls_weight.pkl
+    beside path.
+    """
+    path = Path(path or ASSETS / "shadow.safetensors")
+    prefix = "ema_model.encoder."
+    tensors, meta = read(path, prefix)
+    advice = "choose DiffAE's ffhq256_autoenc last.ckpt, or train one with training.estimators shadow"
+    if "kind" in meta or not any(k.startswith(prefix) for k in tensors):
+        _require(path, "an estimator of cast shadows", meta, "shadow", tensors, advice)
+        with torch.device("meta"):
+            model = ShadowNet()
+        return _estimator(path, model, tensors, "estimator of cast shadows", advice, device)
+    weights = Path(weights or path.with_name("shadow_cls_weight.pkl"))
+    if not weights.exists():
+        raise CheckpointError(
+            f"{weights}: DiFaReli's shadow classifier is missing: get shadow_cls_weight.pkl from the "
+            f"repository diffusion-face-relighting/difareli_code and put it beside {path.name}, or name it"
+        )
+    with torch.device("meta"):
+        encoder = SemanticEncoder()
+    tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    encoder = _estimator(path, encoder, tensors, "DiffAE encoder", advice, device)
+    return DiffAEShadow(encoder, _shadow_weight(weights)).requires_grad_(False).eval()
+
+
+def _shadow_weight(path: Path) -> Tensor:
+    """DiFaReli's classifier: a bare pickle of a dictionary with "weight" [1,512]."""
+    try:
+        data = path.read_bytes()
+        if len(data) > 2**20:
+            raise ValueError(f"it has {len(data)} bytes, the classifier a few thousand")
+        weight = unpickle(data, _no_storage)["weight"]
+        if tuple(weight.shape) != (1, 512):
+            raise ValueError(f"'weight' is {list(weight.shape)} instead of [1, 512]")
+        if not weight.isfinite().all():
+            raise ValueError("'weight' holds numbers that are not finite")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as e:
+        raise CheckpointError(
+            f"{path}: not DiFaReli's shadow classifier ({_line(e)}): get shadow_cls_weight.pkl again"
+        ) from e
+    return weight
+
+
+def _no_storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
+    raise ValueError("it refers to tensors outside of it")
+
+
+def _estimator(path: Path, model: torch.nn.Module, tensors: dict, what: str, advice: str, device):
+    """model, made on the meta device, with the file's tensors."""
+    try:
+        _match(model.state_dict(), tensors)
+    except ValueError as e:
+        raise CheckpointError(f"{path}: not a usable {what}: {_line(e)}; {advice}") from e
+    broken = next((k for k, v in tensors.items() if not v.isfinite().all()), None)
+    if broken:
+        raise CheckpointError(f"{path}: '{broken}' holds numbers that are not finite: download it again")
+    ready = {k: v.to(device, torch.float32 if v.is_floating_point() else None) for k, v in tensors.items()}
+    model.load_state_dict(ready, assign=True)
+    return model.requires_grad_(False).eval()
+
+
 def save_denoiser(
     path: str | Path, model: DiffusionRig | DiFaReli, meta: dict | None = None, half: bool = False
 ) -> None:
@@ -223,9 +293,11 @@ def save(path: str | Path, tensors: dict[str, Tensor], meta: dict) -> None:
             os.close(folder)
 
 
-def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+def read(path: str | Path, prefix: str = "") -> tuple[dict[str, Tensor], dict]:
     """Tensors by name, and the meta that `save` was given (plain metadata or {} for other files).
 
+    prefix: of a PyTorch file that has such names, in a Lightning checkpoint's "state_dict" too, only those
+    are read, which spares gigabytes.
     The kind of file is told by its contents. Raises CheckpointError.
     """
     path = Path(path)
@@ -238,7 +310,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     if size == 0:
         raise CheckpointError(f"{path}: the file is empty: copy or download it again")
     if start.startswith(b"PK"):
-        return _read_torch(path, size), {}
+        return _read_torch(path, size, prefix), {}
     if start[8:9] == b"{":
         return _read_safetensors(path, size)
     raise CheckpointError(f"{path}: expected .safetensors or a PyTorch .pt archive, found {_what(start)}")
@@ -266,11 +338,11 @@ def _read_safetensors(path: Path, size: int) -> tuple[dict[str, Tensor], dict]:
     return tensors, meta
 
 
-def _read_torch(path: Path, size: int) -> dict[str, Tensor]:
+def _read_torch(path: Path, size: int, prefix: str) -> dict[str, Tensor]:
     """torch.save's zip archive: data.pkl (the structure) and data/<key> (one member a storage)."""
     try:
         with zipfile.ZipFile(path) as z:
-            tree = _read_archive(z, size)
+            tree = _read_archive(z, size, prefix)
     except Refused as e:
         raise CheckpointError(
             f"{path}: refused {e}: a checkpoint may hold only tensors, arrays and dictionaries; "
@@ -294,7 +366,7 @@ def _read_torch(path: Path, size: int) -> dict[str, Tensor]:
     return {str(k): v for k, v in tree.items()}
 
 
-def _read_archive(z: zipfile.ZipFile, size: int):
+def _read_archive(z: zipfile.ZipFile, size: int, prefix: str):
     members = {i.filename: i for i in z.infolist()}
     if any(i.compress_type != zipfile.ZIP_STORED for i in members.values()):
         raise ValueError("its members are compressed, which torch.save never does")
@@ -309,10 +381,10 @@ def _read_archive(z: zipfile.ZipFile, size: int):
         raise ValueError("its data.pkl is too large")
     if f"{root}byteorder" in members and z.read(f"{root}byteorder").strip() != b"little":
         raise ValueError("it was written on a big-endian machine")
-    storages: dict[str, Tensor] = {}
+    claimed: dict[str, Tensor] = {}  # the structure first, on the meta device; what is wanted after that
 
     def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
-        if key not in storages:
+        if key not in claimed:
             name = f"{root}data/{key}"
             if name not in members:
                 raise ValueError(f"storage {key[:20]} is missing")
@@ -320,14 +392,34 @@ def _read_archive(z: zipfile.ZipFile, size: int):
                 raise ValueError(
                     f"storage {key[:20]} claims {count} x {dtype}, has {members[name].file_size} bytes"
                 )
-            data = bytearray(z.read(name))
-            storages[key] = torch.frombuffer(data, dtype=dtype) if count else torch.empty(0, dtype=dtype)
-        found = storages[key]
+            claimed[key] = torch.empty(count, dtype=dtype, device="meta")
+        found = claimed[key]
         if found.dtype != dtype or len(found) != count:
             raise ValueError(f"storage {key[:20]} is claimed twice, differently")
         return found
 
-    return unpickle(z.read(pickles[0]), storage)
+    tree = unpickle(z.read(pickles[0]), storage)
+    if isinstance(tree, dict) and prefix:
+        tree = tree["state_dict"] if isinstance(tree.get("state_dict"), dict) else tree
+        tree = {k: v for k, v in tree.items() if str(k).startswith(prefix)} or tree
+    key_of = {_memory(v): k for k, v in claimed.items()}
+    loaded: dict[str, Tensor] = {}
+
+    def fill(v: Tensor) -> Tensor:
+        key = key_of[_memory(v)]
+        if key not in loaded:
+            data = bytearray(z.read(f"{root}data/{key}"))
+            loaded[key] = torch.frombuffer(data, dtype=v.dtype) if data else torch.empty(0, dtype=v.dtype)
+        return loaded[key].as_strided(v.shape, v.stride(), v.storage_offset())
+
+    if not isinstance(tree, dict):
+        return tree
+    return {k: fill(v) if isinstance(v, Tensor) and v.is_meta else v for k, v in tree.items()}
+
+
+def _memory(v: Tensor) -> int:
+    """The same number for tensors on the same memory, also on the meta device, where that has no address."""
+    return v.untyped_storage()._cdata
 
 
 def _match(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:

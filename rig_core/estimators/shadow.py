@@ -23,7 +23,7 @@ def scalar(model: DiffAEShadow | ShadowNet, image: Tensor) -> Tensor:
     """
     if image.ndim != 4 or image.shape[1] != 3 or image.shape[2] != image.shape[3] or image.shape[2] < 32:
         raise ValueError(
-            f"the aligned face must be [B,3,s,s], s at least 32, got {list(image.shape)}: use Align Face first"
+            f"the aligned face must be [B,3,s,s], s at least 32, got {list(image.shape)}: align it first"
         )
     if not image.isfinite().all():
         raise ValueError("the aligned face holds numbers that are not finite: check what made it")
@@ -101,21 +101,17 @@ class _Block(nn.Module):
 
 
 class ShadowNet(nn.Module):
-    """The pack's own estimator, 0.19 million weights, trained by training/shadow.py."""
+    """The pack's own estimator, 0.22 million weights, trained by training/shadow.py."""
 
     size = 128
 
     def __init__(self):
         super().__init__()
-        self.features = nn.Sequential(
-            *_down(3, 16),
-            *_down(16, 32),
-            _Residual(32),
-            *_down(32, 48),
-            _Residual(48),
-            *_down(48, 64),
-            _Residual(64),
+        self.face = nn.Sequential(  # as the first half of landmarks.LandmarkNet, from which it is trained on
+            *(*_down(3, 16), *_down(16, 24), _Residual(24), _Residual(24)),
+            *(*_down(24, 48), _Residual(48), _Residual(48)),
         )
+        self.shadow = nn.Sequential(*_down(48, 64), _Residual(64))
         self.head = nn.Linear(128, 1)
         self.register_buffer("calibration", torch.tensor([1.0, 0.0]))  # to the published scale: gain, offset
 
@@ -126,7 +122,7 @@ class ShadowNet(nn.Module):
 
     def amount(self, image: Tensor) -> Tensor:
         """The square root of the share of light that cast shadows take from the facial skin, about 0..1."""
-        h = self.features((image - 0.5) * 4)
+        h = self.shadow(self.face((image - 0.5) * 4))
         return self.head(torch.cat([h.mean((2, 3)), h.amax((2, 3))], 1))
 
 
