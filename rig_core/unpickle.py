@@ -2,7 +2,8 @@
 
 `load` walks the opcodes itself. Nothing is imported, no class is made and no function of the pickle's
 choice is called: a name in the pickle is only compared with the short list below (tensors, arrays,
-ordered dictionaries), and whatever is not on it is refused with that name. No I/O here.
+ordered dictionaries), and whatever is not on it is refused with that name. Objects of the few classes of
+which ArcFace's published file is made become records of their attributes. No I/O here.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -52,9 +54,18 @@ class Array:
     value: object = None
 
 
-def load(data: bytes, storage: Callable[[str, torch.dtype, int], Tensor]):
+@dataclass(eq=False)
+class Record:
+    """An object that is never made: the name of its class, and its attributes from the BUILD opcode."""
+
+    kind: str
+    state: dict
+
+
+def load(data: bytes | BinaryIO, storage: Callable[[str, torch.dtype, int], Tensor]):
     """The object in `data`, of dicts, lists, tuples, strings, numbers, tensors (arrays become tensors).
 
+    data: whole, or a stream that is read up to the end of its first pickle.
     storage(key, dtype, count) -> the flat tensor [count] that a persistent id of torch.save stands for.
     Raises Refused with the name or opcode that is not allowed, ValueError for damaged data.
     """
@@ -98,7 +109,7 @@ def load(data: bytes, storage: Callable[[str, torch.dtype, int], Tensor]):
             elif name == "APPEND":
                 value = stack.pop()
                 _of(stack[-1], list).append(value)
-            elif name == "APPENDS":
+            elif name in ("APPENDS", "ADDITEMS"):
                 values = pop_mark()
                 _of(stack[-1], list).extend(values)
             elif name == "SETITEM":
@@ -135,6 +146,7 @@ _CONSTANTS = {
     "NEWFALSE": lambda: False,
     "EMPTY_DICT": dict,
     "EMPTY_LIST": list,
+    "EMPTY_SET": list,  # no set is of any use here, and nothing needs hashing
     "EMPTY_TUPLE": tuple,
 }
 _LITERALS = set(
@@ -150,14 +162,42 @@ _NAMES = {
     "numpy.core.multiarray._reconstruct",
     "numpy.core.multiarray.scalar",
     "_codecs.encode",
+    "collections.defaultdict",
+    "builtins.dict",
+    "builtins.set",
+    "torch.device",
     *STORAGES,
+}
+_RECORDS = {  # a network pickled whole, beside its optimiser
+    "torch.nn.parallel.data_parallel.DataParallel",
+    "torch.nn.modules.activation.PReLU",
+    "torch.nn.modules.activation.Sigmoid",
+    "torch.nn.modules.batchnorm.BatchNorm1d",
+    "torch.nn.modules.batchnorm.BatchNorm2d",
+    "torch.nn.modules.container.Sequential",
+    "torch.nn.modules.conv.Conv2d",
+    "torch.nn.modules.dropout.Dropout",
+    "torch.nn.modules.linear.Linear",
+    "torch.nn.modules.pooling.AdaptiveAvgPool2d",
+    "torch.nn.modules.pooling.MaxPool2d",
+    "models.ResNet",
+    "models.IRBlock",
+    "models.SEBlock",
+    "models.ArcMarginModel",
+    "optimizer.InsightFaceOptimizer",
+    "torch.optim.adam.Adam",
+    "torch.optim.sgd.SGD",
 }
 _INERT = "pytorch_lightning.callbacks."  # classes whose names are keys of old Lightning checkpoints
 
 
+_RENAMED = {"numpy._core.": "numpy.core.", "__builtin__.": "builtins.", "torch.cuda.": "torch."}
+
+
 def _allowed(name: str) -> Name:
-    name = name.replace("numpy._core.", "numpy.core.")
-    if name not in _NAMES and not name.startswith(_INERT):
+    for old, new in _RENAMED.items():
+        name = new + name[len(old) :] if name.startswith(old) else name
+    if name not in _NAMES and name not in _RECORDS and not name.startswith(_INERT):
         raise Refused(f"'{name}'")
     return Name(name)
 
@@ -170,7 +210,8 @@ def _of(value, kind: type):
 
 def _pairs(target, items: list) -> dict:
     keys = items[::2]
-    if not all(isinstance(k, (str, int, Name)) for k in keys):  # hashing nested tuples may take forever
+    # hashing nested tuples may take forever; optimisers count by the tensor itself
+    if not all(isinstance(k, (str, int, Name, Tensor)) for k in keys):
         raise Refused("a key that is neither a string nor a number")
     _of(target, dict).update(zip(keys, items[1::2], strict=True))
     return target
@@ -198,6 +239,14 @@ def _make(target, args: tuple):
             return _array((), args[0], args[1]).item()
         case Name("_codecs.encode"):  # how protocol 2 writes bytes
             return _of(args[0], str).encode("latin1")
+        case Name("collections.defaultdict") if args == (Name("builtins.dict"),):
+            return {}
+        case Name("builtins.set"):
+            return list(_of(args[0], list))
+        case Name("torch.device"):
+            return None
+        case Name(name) if name in _RECORDS and args == ():
+            return Record(name, {})
         case _:
             raise Refused(f"calling {_say(target)}")
 
@@ -217,6 +266,9 @@ def _view(storage: Tensor, offset: int, shape: tuple, stride: tuple) -> Tensor:
 def _build(target, state) -> None:
     if isinstance(target, dict):  # attributes of an OrderedDict, as state_dict's _metadata: not data
         return
+    if isinstance(target, Record):
+        _pairs(target.state, [x for pair in _of(state, dict).items() for x in pair])
+        return
     if not isinstance(target, Array):
         raise Refused(f"setting the state of {_say(target)}")
     if target.kind == "dtype":
@@ -234,11 +286,38 @@ def _array(shape: tuple, dtype: Array, raw: bytes, order: str = "C") -> np.ndarr
     return array.astype(dtype.newbyteorder("="))
 
 
-def _stored(pid, storage: Callable) -> Tensor:
-    kind, target, key, _, count = pid
+def _stored(pid, storage: Callable) -> Tensor | Name:
+    """What a persistent id of torch.save stands for; before 1.6 that was also a network's class."""
+    kind, target, key, *_ = pid
+    if kind == "module" and isinstance(target, Name) and target.name in _RECORDS:
+        return target
     if kind != "storage" or not isinstance(target, Name) or target.name not in STORAGES:
         raise Refused(f"a storage of {_say(target)}")
-    return storage(_of(key, str), STORAGES[target.name], _of(count, int))
+    if any(view is not None for view in pid[5:]):
+        raise Refused("a storage that is part of another one")
+    return storage(_of(key, str), STORAGES[target.name], _of(pid[4], int))
+
+
+def weights(network: Record) -> dict[str, Tensor]:
+    """The state dict of a pickled network: parameters and buffers of all its parts, by path.
+
+    Raises Refused for a network without end, ValueError for other odd ones.
+    """
+    found: dict[str, Tensor] = {}
+    waiting, seen = [("", network)], set()
+    while waiting:
+        prefix, part = waiting.pop()
+        if id(part) in seen or prefix.count(".") > 20:
+            raise Refused("a network that holds a part of itself twice, or too deep")
+        seen.add(id(part))
+        for kind in ("_parameters", "_buffers", "_modules"):
+            for name, value in _of(part.state.get(kind, {}), dict).items():
+                name = f"{prefix}{_of(name, str)[:100]}"
+                if kind == "_modules" and value is not None:
+                    waiting.append((f"{name}.", _of(value, Record)))
+                elif value is not None:
+                    found[name] = _of(value, Tensor)
+    return found
 
 
 def _finished(value, done: dict | None = None):

@@ -238,7 +238,7 @@ HOSTILE = {
         lambda mark: {"w": [torch.ones(2), {"x": (1, Call(Call, Call(os.mkdir, str(mark))))}]},
         r"refused '",
     ),
-    "module": (lambda mark: torch.nn.Linear(2, 2), r"refused 'torch\.nn\.modules\.linear\.Linear'"),
+    "module": (lambda mark: torch.nn.LSTM(2, 2), r"refused 'torch\.nn\.modules\.rnn\.LSTM'"),
     "object array": (lambda mark: {"a": np.array([Call(os.mkdir, str(mark))])}, "refused '"),
 }
 

@@ -2,6 +2,8 @@
 
 python -m training.estimators landmarks --faces DIR [--synth DIR] --out landmarks.safetensors
 python -m training.estimators evaluate --faces DIR [--portraits DIR] [--synth DIR] [--model FILE]
+python -m training.estimators identity --synth DIR [--photos DIR] --out identity.safetensors
+python -m training.estimators shadow --help
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import argparse
 import copy
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 from rig_core import checkpoints
 from rig_core.estimators import landmarks as lm
 from training import face_crops as fc
+from training import identity
 
 INNER = slice(17, 68)  # all but the jaw
 
@@ -254,8 +258,18 @@ def main() -> None:
     p.add_argument("--synth", type=Path, help="renders that were not trained on")
     p.add_argument("--synth-limit", type=int, default=100)
     p.add_argument("--model", type=Path, help="default: the one that comes with the pack")
+    identity.add_arguments(commands.add_parser("identity", help="train or measure the identity encoder"))
+    if "shadow" in sys.argv[1:2]:  # the others do without what it imports
+        from training import shadow
+
+        shadow.add_arguments(commands.add_parser("shadow", help="train or measure the shadow estimator"))
     args = parser.parse_args()
-    train_landmarks(args) if args.command == "landmarks" else evaluate(args)
+    if args.command == "shadow":
+        shadow.run(args)
+    elif args.command == "identity":
+        identity.run(args)
+    else:
+        train_landmarks(args) if args.command == "landmarks" else evaluate(args)
 
 
 if __name__ == "__main__":

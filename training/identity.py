@@ -1,5 +1,5 @@
-"""The identity encoder that comes with the pack: trained with the additive angular margin loss (Deng et al. 2019,
-section 3) on rendered persons and on portraits with their relit variants, measured on persons it never saw.
+"""The identity encoder that comes with the pack: trained with the additive angular margin loss (Deng et al.
+2019, section 3) on rendered persons and on portraits with their relit variants, measured on others.
 
 python -m training.estimators identity --synth DIR [--synth DIR] [--photos DIR] --out identity.safetensors
 python -m training.estimators identity --synth DIR [--photos DIR] --model FILE        measures only
@@ -158,9 +158,9 @@ def train(sets: list[Persons], shares: list[float], args: argparse.Namespace) ->
         mean += (float(loss.detach()) - mean) / min(step, 50)
         hits += (float(right.float().mean()) - hits) / min(step, 50)
         if step % max(1, args.steps // 20) == 0:
+            spent = time.time() - start
             print(
-                f"step {step} of {args.steps}  loss {mean:.3f}  named {hits:.3f}  {time.time() - start:.0f} s",
-                flush=True,
+                f"step {step} of {args.steps}  loss {mean:.3f}  named {hits:.3f}  {spent:.0f} s", flush=True
             )
     return standardised(net.eval().requires_grad_(False), sets)
 
@@ -216,11 +216,9 @@ def evaluate(net: identity.ArcFace, sets: dict[str, Persons]) -> str:
             rate, area = verification(v, people.labels)
             rows.append(f"| {count} | {name} | {rate:.1%} | {area:.4f} |")
         alike = F.cosine_similarity(vectors, flipped).mean()
-        spread = vectors.std(0)
-        rows.append(
-            f"| {title} | deviation of a component {spread.mean():.2f} ({spread.min():.2f} to {spread.max():.2f}) "
-            f"| cosine to the mirror image {alike:.3f} | |"
-        )
+        low, mean, high = (float(f(vectors.std(0))) for f in (torch.min, torch.mean, torch.max))
+        spread = f"deviation of a component {mean:.2f} ({low:.2f} to {high:.2f})"
+        rows.append(f"| {title} | {spread} | cosine to the mirror image {alike:.3f} | |")
     return "\n".join(rows)
 
 

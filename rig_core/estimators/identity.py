@@ -4,8 +4,8 @@ margin loss for deep face recognition").
 DiFaReli (Ponglertnapakorn et al. 2023) is conditioned on the raw output of an 18-layer one of width 64. The
 pack's default is a narrow one for smaller pictures. `embed` prepares the pictures as that method does.
 
-Convention: pictures are FFHQ-aligned squares [B,3,s,s], RGB 0..1. No landmark alignment, no normalised length:
-each component of the output has about unit variance.
+Convention: pictures are FFHQ-aligned squares [B,3,s,s], RGB 0..1. No landmark alignment, no normalised
+length: each component of the output has about unit variance.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class ArcFaceConfig:
 
 
 class Excite(nn.Module):
-    """Squeeze and excitation (Hu et al. 2018): each channel times a gate computed from all channels' means."""
+    """Squeeze and excitation (Hu et al. 2018): each channel times a gate made of all channels' means."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -148,8 +148,8 @@ def embed(model: ArcFace, image: Tensor) -> Tensor:
 def resized(image: Tensor, size: int) -> Tensor:
     """8-bit pictures [B,3,size,size] int32 of squares [B,3,s,s] 0..1, bilinear with pixel centres at n + 1/2.
 
-    The weights and the order of rounding are those of OpenCV's 8-bit bilinear resize, which takes no mean over
-    the pixels it skips; pictures of three times `size` or more are therefore halved first.
+    The weights and the order of rounding are those of OpenCV's 8-bit bilinear resize, which takes no mean
+    over the pixels it skips; pictures of three times `size` or more are therefore halved first.
     """
     while image.shape[-1] >= 3 * size:
         image = F.adaptive_avg_pool2d(image, (image.shape[-1] + 1) // 2)
