@@ -301,19 +301,19 @@ def read(path: str | Path, prefix: str = "") -> tuple[dict[str, Tensor], dict]:
     """Tensors by name, and the meta that `save` was given (plain metadata or {} for other files).
 
     prefix: of a PyTorch file that has such names, in a Lightning checkpoint's "state_dict" too, only those
-    are read, which spares gigabytes. Of a file with a whole network in it, its "model", the weights are meant.
+    are read, which spares gigabytes. Of a file with a whole network in it, its weights are meant.
     The kind of file is told by its contents. Raises CheckpointError.
     """
     path = Path(path)
     try:
         with open(path, "rb") as f:
-            start = f.read(len(LEGACY))
+            start = f.read(16)
             size = os.fstat(f.fileno()).st_size
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read ({e.strerror}): check the name and the folder") from e
     if size == 0:
         raise CheckpointError(f"{path}: the file is empty: copy or download it again")
-    if start.startswith(b"PK") or start == LEGACY:
+    if start.startswith((b"PK", LEGACY)):
         return _read_torch(path, size, prefix), {}
     if start[8:9] == b"{":
         return _read_safetensors(path, size)

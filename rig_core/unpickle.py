@@ -305,18 +305,21 @@ def weights(network: Record) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     waiting, seen = [("", network)], set()
-    while waiting:
-        prefix, part = waiting.pop()
-        if id(part) in seen or prefix.count(".") > 20:
-            raise Refused("a network that holds a part of itself twice, or too deep")
-        seen.add(id(part))
-        for kind in ("_parameters", "_buffers", "_modules"):
-            for name, value in _of(part.state.get(kind, {}), dict).items():
-                name = f"{prefix}{_of(name, str)[:100]}"
-                if kind == "_modules" and value is not None:
-                    waiting.append((f"{name}.", _of(value, Record)))
-                elif value is not None:
-                    found[name] = _of(value, Tensor)
+    try:
+        while waiting:
+            prefix, part = waiting.pop()
+            if id(part) in seen or prefix.count(".") > 20:
+                raise Refused("a network that holds a part of itself twice, or too deep")
+            seen.add(id(part))
+            for kind in ("_parameters", "_buffers", "_modules"):
+                for name, value in _of(part.state.get(kind, {}), dict).items():
+                    path = f"{prefix}{_of(name, str)[:100]}"
+                    if kind == "_modules" and value is not None:
+                        waiting.append((f"{path}.", _of(value, Record)))
+                    elif value is not None:
+                        found[path] = _of(value, Tensor)
+    except TypeError as e:
+        raise ValueError(f"damaged network: {e}") from e
     return found
 
 

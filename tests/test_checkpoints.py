@@ -6,8 +6,11 @@ import json
 import os
 import pickle
 import struct
+import sys
+import types
+import warnings
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 
 import numpy as np
 import pytest
@@ -19,7 +22,8 @@ from safetensors.torch import save_file
 from rig_core import checkpoints
 from rig_core.checkpoints import CheckpointError
 from rig_core.denoisers.rig import DiffusionRig, RigConfig
-from rig_core.unpickle import Refused, load
+from rig_core.estimators.identity import ArcFace, ArcFaceConfig, Block, Excite
+from rig_core.unpickle import Record, Refused, load, weights
 
 CONFIG = RigConfig(32, 32, (1, 2), 1, (16,), num_heads=2, latent_dim=8, encoder_width=8, norm_groups=8)
 PUBLISHED = RigConfig(32, 32, (1, 2), 1, (16,), latent_dim=8, encoder_width=8)
@@ -370,6 +374,150 @@ def test_rig_with_a_false_architecture_is_not_built(tmp_path):
         meta = {checkpoints.META: json.dumps({"kind": "diffusion_rig", "config": config})}
         save_file(state, tmp_path / "a.safetensors", meta)
         line(tmp_path / "a.safetensors")
+
+
+# networks that were pickled whole
+
+
+def parts(monkeypatch):
+    """A module "models" with classes of the published names, there only while the file is written."""
+    models = types.ModuleType("models")
+    for name, base in {
+        "ResNet": ArcFace,
+        "IRBlock": Block,
+        "SEBlock": Excite,
+        "Other": torch.nn.ReLU,
+    }.items():
+        setattr(models, name, type(name, (base,), {"__module__": "models"}))
+    monkeypatch.setitem(sys.modules, "models", models)
+    return models
+
+
+def whole(monkeypatch):
+    """What the published file holds: a network inside DataParallel, and the optimiser with its counts."""
+    models = parts(monkeypatch)
+    net = models.ResNet(ArcFaceConfig(32, 4, (1, 1, 1, 1), 6))
+    del net.config
+    for part in net.modules():
+        part.__class__ = {Block: models.IRBlock, Excite: models.SEBlock}.get(type(part), type(part))
+    net(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    optimizer.step()
+    parallel = torch.nn.DataParallel(net)
+    parallel.src_device_obj = torch.device("cuda:0")
+    counts = defaultdict(dict, {p: {"momentum_buffer": p.grad} for p in net.parameters()})
+    return {"epoch": 3, "acc": 0.99, "model": parallel, "optimizer": optimizer, "counts": counts}
+
+
+STREAMS = pytest.mark.parametrize("zipped", [True, False], ids=["archive", "stream"])
+
+
+def write(tree, path, zipped):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the classes have no source
+        torch.save(tree, path, _use_new_zipfile_serialization=zipped)
+
+
+@STREAMS
+def test_a_network_pickled_whole_gives_its_weights(tmp_path, monkeypatch, zipped):
+    tree = whole(monkeypatch)
+    write(tree, tmp_path / "r18.tar", zipped)
+    monkeypatch.delitem(sys.modules, "models")  # reading cannot import it
+    wanted = tree["model"].state_dict()
+    found, meta = checkpoints.read(tmp_path / "r18.tar")
+    assert meta == {} and found.keys() == wanted.keys() and all(k.startswith("module.") for k in found)
+    assert all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in wanted.items())
+    model = checkpoints.load_identity(tmp_path / "r18.tar")
+    assert same(model, tree["model"].module) and "models" not in sys.modules
+    assert "expected a DiffusionRig denoiser, found tensors like 'module." in line(tmp_path / "r18.tar")
+
+
+@STREAMS
+def test_hostile_networks_are_refused_and_not_executed(tmp_path, monkeypatch, zipped):
+    tree = whole(monkeypatch)
+    net, mark = tree["model"].module, tmp_path / "executed"
+    other = sys.modules["models"].Other()
+    for name, value, wanted in [
+        ("note", Call(os.system, f"touch {mark}"), r"refused '(posix|nt)\.system'"),
+        ("_forward_hooks", {1: Call(eval, "1")}, r"refused 'builtins\.eval'"),
+        ("_modules", {**net._modules, "more": other}, r"refused 'models\.Other'"),
+        ("_modules", {"more": torch.nn.LSTM(2, 2)}, r"refused 'torch\.nn\.modules\.rnn\.LSTM'"),
+        ("_modules", {"a": tree["model"]}, "refused a network that holds a part of itself twice"),
+        ("_modules", {"a": net.bn1, "b": net.bn1}, "refused a network that holds a part of itself twice"),
+        ("_modules", {"a": torch.ones(1)}, "damaged .*Record expected, Tensor found"),
+        ("_buffers", {"a": "text"}, "damaged .*Tensor expected, str found"),
+        ("_parameters", [1], "damaged .*dict expected, list found"),
+        ("_modules", {3: net.bn1}, "damaged .*str expected, int found"),
+    ]:
+        state = dict(net.__dict__)
+        with monkeypatch.context() as m:
+            m.setitem(net.__dict__, name, value)
+            write(tree, tmp_path / "a.tar", zipped)
+        net.__dict__.update(state)
+        with pytest.raises(CheckpointError, match=wanted):
+            checkpoints.load_identity(tmp_path / "a.tar")
+    assert not mark.exists()
+
+
+def test_records_cannot_be_called_or_nested_without_end():
+    linear = b"\x80\x02ctorch.nn.modules.linear\nLinear\n"
+    assert load(linear + b")\x81.", None).state == {}
+    for text, message in [
+        (b"K\x01K\x02\x86R.", "calling 'torch.nn.modules.linear.Linear'"),
+        (b")\x81)R.", "calling a Record"),
+        (b")\x81)b.", "damaged pickle: dict expected"),
+        (b")\x81}(K\x01K\x02ub.", None),
+        (b")\x81(K\x01K\x02u.", "damaged pickle: dict expected"),
+    ]:
+        if message is None:
+            assert weights(load(linear + text, None)) == {}
+        else:
+            with pytest.raises(ValueError, match=message):
+                load(linear + text, None)
+    deep = Record("models.ResNet", {})
+    for _ in range(30):
+        deep = Record("models.ResNet", {"_modules": {"a": deep}})
+    with pytest.raises(Refused, match="too deep"):
+        weights(deep)
+    with pytest.raises(Refused, match="calling 'collections.defaultdict'"):
+        load(b"\x80\x02ccollections\ndefaultdict\nccollections\ndefaultdict\n\x85R.", None)
+    with pytest.raises(ValueError, match="calling|damaged"):
+        load(b"\x80\x02c__builtin__\nset\nK\x01\x85R.", None)
+
+
+def test_old_streams_of_tensors(tmp_path):
+    path = tmp_path / "a.pt"
+    x = torch.randn(4, 6)
+    tree = {"whole": x, "view": x[1:, ::2], "empty": x[:0], "long": torch.arange(3), "bool": x > 0}
+    tree |= {"bfloat16": x.bfloat16(), "parameter": torch.nn.Parameter(torch.randn(3))}
+    write(tree, path, False)
+    found, _ = checkpoints.read(path)
+    assert found.keys() == tree.keys()
+    assert all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in tree.items())
+    model = rig(PUBLISHED)
+    write(model.state_dict(), path, False)
+    assert same(checkpoints.load_rig(path)[0], model)
+
+
+def test_damaged_old_streams(tmp_path):
+    path = tmp_path / "a.pt"
+    write({"a": torch.ones(1000), "b": torch.zeros(3)}, path, False)
+    good = path.read_bytes()
+    for n in (15, 20, 100, 300, len(good) - 4100, len(good) - 1):
+        path.write_bytes(good[:n])
+        assert "download it again" in line(path, checkpoints.read)
+    for old, new in [
+        (struct.pack("<q", 1000), struct.pack("<q", 10**15)),  # counts before the bytes
+        (b"M\xe8\x03N", b"M\xe9\x03N"),  # count in the structure
+        (b"M\xe9\x03.", b"M\xea\x03."),  # version
+        (b"little_endianq\x02\x88", b"little_endianq\x02\x89"),
+    ]:
+        assert good.count(old) == 1, old
+        path.write_bytes(good.replace(old, new))
+        assert "damaged or cut" in line(path, checkpoints.read)
+    mark = tmp_path / "executed"
+    write({"a": Call(os.system, f"touch {mark}")}, path, False)
+    assert "refused" in line(path, checkpoints.read) and not mark.exists()
 
 
 # wrong, cut and empty files
