@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from rig_core import buffers, checkpoints, data, train
+from rig_core.denoisers.blocks import strided_conv
 from rig_core.denoisers.rig import DiffusionRig, RigConfig
 from tests.golden_files import golden, small_rig
 
@@ -128,6 +129,24 @@ def test_bfloat16_training_follows_float32(tmp_path):
         run(tmp_path / precision, 4, precision=precision, log_every=1)
         losses.append([x["loss"] for x in log(tmp_path / precision)])
     assert losses[1] == pytest.approx(losses[0], rel=0.03) and losses[1] != losses[0]
+
+
+@pytest.mark.parametrize("channels", [8, 32])
+def test_bfloat16_gradient_of_a_strided_convolution_of_one_pixel(channels):
+    """Memory full of NaN, as the library may be handed it, must not reach the weights' gradient."""
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(channels, channels, 3, 2, 1, bias=False).to(memory_format=torch.channels_last)
+    x = torch.randn(4, channels, 1, 1)
+    wanted = torch.einsum("bohw,bihw->oi", torch.ones(4, channels, 1, 1), x)
+    for _ in range(4):
+        conv.weight.grad = None
+        _ = [torch.full((n,), float("nan")) for n in (1, 9, 16, 64) for n in (n * channels, n * channels**2)]
+        with torch.autocast("cpu", torch.bfloat16):
+            strided_conv(x, conv).sum().backward()
+        taps = conv.weight.grad.clone()
+        torch.testing.assert_close(taps[..., 1, 1], wanted, rtol=0.02, atol=0.02)
+        taps[..., 1, 1] = 0
+        assert torch.equal(taps, torch.zeros_like(taps))
 
 
 def test_it_learns(tmp_path):

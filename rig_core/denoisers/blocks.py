@@ -70,7 +70,17 @@ class Downsample(nn.Module):
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if conv else nn.AvgPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+        return strided_conv(x, self.op) if isinstance(self.op, nn.Conv2d) else self.op(x)
+
+
+def strided_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """`conv`, 3x3 with padding 1, of x [B,C,H,W], safe down to a single pixel.
+
+    On a single pixel the stride has no effect, but with it oneDNN's bfloat16 gradient leaves the taps that
+    only meet padding uninitialised (PyTorch 2.13 on a CPU), so that training meets NaN now and then.
+    """
+    stride = 1 if x.shape[2:] == (1, 1) else conv.stride
+    return F.conv2d(x, conv.weight, conv.bias, stride, conv.padding)
 
 
 class Upsample(nn.Module):

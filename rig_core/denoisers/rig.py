@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import GROUPS, project
+from .blocks import GROUPS, project, strided_conv
 from .unet import UNet, UNetConfig, packed, read_architecture
 
 
@@ -95,7 +95,7 @@ class _BasicBlock(nn.Module):
             self.downsample = nn.Sequential(conv, nn.BatchNorm2d(out))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        h = self.bn2(self.conv2(F.relu(self.bn1(strided_conv(x, self.conv1)))))
         return F.relu(h + (x if self.downsample is None else self.downsample(x)))
 
 
