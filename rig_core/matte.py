@@ -9,6 +9,9 @@ the soft edge. A hat is head where it covers the skull.
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,8 +21,9 @@ from .align import check_image
 from .face import FaceCode
 
 WORK = 128  # px, longer sides are solved at this size and carried up by the guided filter
-BINS = 20  # of the colour histograms, each side
-ROUNDS = 3  # refinements of the histograms
+BINS = 28  # of the colour histograms, each side
+RIM = 0.035  # of the picture's side: how far the silhouette may be off
+ROUNDS = 2  # refinements of the histograms
 
 
 def head_matte(head, code: FaceCode, image: Tensor) -> Tensor:
@@ -38,40 +42,61 @@ def head_matte(head, code: FaceCode, image: Tensor) -> Tensor:
     n = min(s, WORK)
     small = F.interpolate(image, (n, n), mode="area") if n < s else image
     place = regions(head, code, n)
-    p = _solve(small, place)
-    p = _connected(p, place["core"])
-    return _guided(small, p, image)
+    return _guided(small, _solve(small, place), image)
 
 
-def regions(head, code: FaceCode, n: int) -> dict[str, Tensor]:
-    """Where things are, [B,1,n,n] each: mask (rendered head), core (face, ears and skull: surely head), scalp,
-    skin (bare in every haircut), neck, distance (from face and skull, in head radii), below (how far under the
-    middle of the head, in head radii, negative above), side (likewise to the sides).
+@dataclass(frozen=True)
+class Regions:
+    """Where the rendered head lies, [B,1,n,n] each.
+
+    core      0 or 1, face, ears and skull
+    inner     0 or 1, the core without a rim as wide as the fit may be off
+    sure      0 or 1, the same without the scalp, whose fit no landmark holds
+    neck      0 or 1, the rest of the rendered head, where clothes may be
+    scalp     0..1, where hair grows
+    skin      0..1, bare in every haircut
+    distance  from the core, in radii of the head
+    below     under the middle of the head, in radii of the head, negative above
     """
-    fragments, _, _ = buffers.geometry(head, code, n)
-    names = ["scalp", "face", "neck", "ears", "beard", "brows"]
-    values = torch.stack([_mask(head, k) for k in names], -1).to(code.cam)
+
+    core: Tensor
+    inner: Tensor
+    sure: Tensor
+    neck: Tensor
+    scalp: Tensor
+    skin: Tensor
+    distance: Tensor
+    below: Tensor
+
+
+def regions(head, code: FaceCode, n: int) -> Regions:
+    """The regions of a face in a square picture of n px."""
+    verts = buffers.to_image(head.verts(code.shape, code.exp, code.pose), code)
+    fragments = buffers.rasterize_head(verts, head.faces, (n, n))
+    values = torch.stack([_mask(head, k) for k in ("scalp", "face", "neck", "beard", "brows")], -1).to(verts)
     drawn = raster.interpolate_verts(fragments, head.faces, values[None].expand(len(code), -1, -1))
-    scalp, face, neck, ears, beard, brows = drawn.split(1, 1)
+    scalp, _, neck, beard, brows = drawn.clamp(0, 1).split(1, 1)
     mask = fragments.mask.to(drawn)
     core = mask * (neck < 0.5)
-    points = buffers.to_image(head.verts(code.shape, code.exp, code.pose), code)[..., :2]
-    weight = (values[:, 0] + values[:, 1] > 0.5).to(points)[None, :, None]
-    centre = (points * weight).sum(1) / weight.sum(1)
-    radius = (((points - centre[:, None]).square() * weight).sum(1) / weight.sum(1)).mean(-1).sqrt() * 1.6
+    weight = (values[:, 0] + values[:, 1] > 0.5).to(verts)[None, :, None]
+    weight = weight / weight.sum()
+    centre = (verts[..., :2] * weight).sum(1, keepdim=True)
+    spread = ((verts[..., :2] - centre).square() * weight).sum((1, 2)).sqrt()
+    radius = (1.13 * spread).reshape(-1, 1, 1, 1)
     line = (torch.arange(n, device=drawn.device, dtype=drawn.dtype) * 2 + 1) / n - 1
-    below = (line.reshape(1, 1, n, 1) - centre[:, 1].reshape(-1, 1, 1, 1)) / radius.reshape(-1, 1, 1, 1)
-    side = (line.reshape(1, 1, 1, n) - centre[:, 0].reshape(-1, 1, 1, 1)) / radius.reshape(-1, 1, 1, 1)
-    return {
-        "mask": mask,
-        "core": core,
-        "scalp": scalp,
-        "neck": mask - core,
-        "skin": core * (1 - scalp.clamp(0, 1)) * (1 - beard.clamp(0, 1)) * (1 - brows.clamp(0, 1)),
-        "distance": _distance(core) * (2 / n) / radius.reshape(-1, 1, 1, 1),
-        "below": below.expand_as(mask),
-        "side": side.expand_as(mask),
-    }
+    below = (line[:, None] - centre[:, :, 1:, None]) / radius
+    width = 2 * max(1, round(RIM * n)) + 1
+    inner = F.avg_pool2d(mask, width, 1, width // 2, count_include_pad=False) > 0.999
+    return Regions(
+        core=core,
+        inner=core * inner,
+        sure=core * inner * (scalp < 0.5),
+        neck=mask - core,
+        scalp=scalp * core,
+        skin=core * (1 - scalp) * (1 - beard) * (1 - brows),
+        distance=_distance(core) * (2 / n) / radius,
+        below=below.expand_as(mask),
+    )
 
 
 def _mask(head, name: str) -> Tensor:
@@ -95,43 +120,47 @@ def _distance(mask: Tensor) -> Tensor:
     return up * (1 - mask)
 
 
-def _solve(image: Tensor, place: dict[str, Tensor]) -> Tensor:
+def _solve(image: Tensor, place: Regions) -> Tensor:
     """Probability of head at each pixel [B,1,n,n]."""
-    d, below, side = place["distance"], place["below"], place["side"]
-    colour = _codes(image)
-    low = below.clamp_min(0)
-    # hair grows close to the skull, falls beside the neck, and is never over it by more than half a head
-    hair_prior = torch.sigmoid(2.0 - 6.0 * d) * (1 - 0.5 * torch.sigmoid(6 * (low - 1.3)))
-    hair_prior = hair_prior.clamp(0.005, 0.9)
-    skin_prior = (0.85 * place["neck"] + 0.3 * torch.exp(-20 * d)).clamp(0.003, 0.9)
-    rest_prior = (1 - hair_prior) * (1 - 0.9 * place["neck"]) + 0.02
-    prior = torch.cat([hair_prior * (1 - 0.85 * place["neck"]), skin_prior, rest_prior], 1)
-    outside = 1 - place["core"]
-    inner = F.avg_pool2d(place["core"], 5, 1, 2).square().square()
-    far = torch.sigmoid(14 * (d - 0.55)) * outside
-    weights = seeds = torch.cat([place["scalp"] * inner, place["skin"] * inner, far], 1)
+    post = _classes(image, place)
+    head = (post[:, :1] + post[:, 1:2]).clamp(1e-4, 1 - 1e-4)
+    odds = torch.where(place.sure > 0.5, 6.0, (head / (1 - head)).log().clamp(-5, 5))
+    head = _connected(_smooth(image, odds), place.sure)
+    return torch.maximum(head, place.sure)
+
+
+def _classes(image: Tensor, place: Regions) -> Tensor:
+    """Probability of hair, skin and everything else [B,3,n,n]."""
+    colour, outside = _codes(image), 1 - place.core
+    # hair grows close to the skull and falls beside the neck; the fitted silhouette is a little off
+    hair = torch.sigmoid(2 - 6 * place.distance) * (1 - 0.5 * torch.sigmoid(6 * (place.below - 1.3)))
+    hair = hair.clamp(0.005, 0.9)
+    skin = (0.85 * place.neck + 0.3 * torch.exp(-20 * place.distance)).clamp(0.003, 0.9)
+    rest = (1 - hair) * (1 - 0.9 * place.neck) + 0.02
+    prior = torch.cat([hair * (1 - 0.85 * place.neck), skin, rest], 1)
+    rim = torch.cat([0.05 + 0.85 * place.scalp, 0.9 - 0.85 * place.scalp, torch.full_like(skin, 0.03)], 1)
+    prior = torch.where(place.core > 0.5, rim, prior)
+    far = torch.sigmoid(14 * (place.distance - 0.55)) * outside
+    weights = seeds = torch.cat([place.scalp * place.inner, place.skin * place.inner, far], 1)
     for _ in range(ROUNDS):
         like = _likelihood(colour, weights)
         post = prior * like
         post = post / post.sum(1, keepdim=True)
         # colours alone must agree before a pixel teaches the hair, or the backdrop near the head would
         fair = like / like.sum(1, keepdim=True)
-        hair = seeds[:, :1] + outside * post[:, :1] * (2 * fair[:, :1] - 1).clamp_min(0)
-        skin = seeds[:, 1:2] + place["neck"] * post[:, 1:2]
-        rest = 0.3 * seeds[:, 2:] + outside * post[:, 2:]
+        hair = seeds[:, :1] * (1 - 3 * fair[:, 2:]).clamp_min(0.02) + outside * post[:, :1] * (
+            2 * fair[:, :1] - 1
+        ).clamp_min(0)
+        skin = seeds[:, 1:2] + place.neck * post[:, 1:2]
+        rest = seeds[:, 2:] * fair[:, 2:] + outside * post[:, 2:]
         weights = torch.cat([hair, skin, rest], 1)
-    p = (post[:, 0:1] + post[:, 1:2]).clamp(1e-4, 1 - 1e-4)
-    odds = (p / (1 - p)).log().clamp(-5, 5)
-    odds = torch.where(place["core"] > 0.5, 6.0, odds)
-    return _smooth(image, odds)
+    return post
 
 
 def _codes(image: Tensor) -> Tensor:
-    """Pictures as coordinates of the colour cube, -1..1: [B,3,n,n]; lightness counts less than hue."""
+    """Pictures as coordinates of the colour cube, -1..1: [B,3,n,n]; hue counts more than lightness."""
     grey = image.mean(1, keepdim=True)
-    return (torch.cat([grey * 2 - 1, 2.5 * (image[:, :1] - grey), 2.5 * (image[:, 2:] - grey)], 1)).clamp(
-        -1, 1
-    )
+    return torch.cat([grey * 2 - 1, 5 * (image[:, :1] - grey), 5 * (image[:, 2:] - grey)], 1).clamp(-1, 1)
 
 
 def _likelihood(colour: Tensor, weights: Tensor) -> Tensor:
@@ -141,57 +170,63 @@ def _likelihood(colour: Tensor, weights: Tensor) -> Tensor:
     index = ((cell[:, 2] * BINS + cell[:, 1]) * BINS + cell[:, 0]).flatten(1)
     table = weights.new_zeros(b, k, BINS**3)
     table.scatter_add_(2, index[:, None].expand(-1, k, -1), weights.flatten(2))
-    table = table.reshape(b * k, 1, BINS, BINS, BINS)
-    tap = table.new_tensor([0.06, 0.24, 0.4, 0.24, 0.06])
-    for shape in ((5, 1, 1), (1, 5, 1), (1, 1, 5)):
-        table = F.conv3d(table, tap.reshape(1, 1, *shape), padding=[i // 2 for i in shape])
     table = table.reshape(b, k, BINS, BINS, BINS)
+    line = torch.arange(BINS, device=table.device, dtype=table.dtype)
+    blur = torch.exp(-0.5 * (line[:, None] - line).square())
+    blur = blur / blur.sum(0)
+    for _ in range(3):  # each turn blurs the last axis and brings the next one there
+        table = (table @ blur).permute(0, 1, 4, 2, 3)
     table = table / table.sum((2, 3, 4), keepdim=True).clamp_min(1e-6) + 0.3 / BINS**3
     at = colour.permute(0, 2, 3, 1)[:, None]
     return F.grid_sample(table, at, padding_mode="border", align_corners=False)[:, :, 0]
 
 
-def _smooth(image: Tensor, odds: Tensor, steps: int = 24, pull: float = 1.5) -> Tensor:
+def _smooth(image: Tensor, odds: Tensor, steps: int = 8, pull: float = 1.5) -> Tensor:
     """Mean field of a grid whose neighbours agree the more the more alike their colours are; [B,1,n,n]."""
-    n = image.shape[-1]
-    kinds = [(0, 1), (1, 0), (1, 1), (1, -1)]
-    w = []
-    for dy, dx in kinds:
-        gap = (image - torch.roll(image, (-dy, -dx), (2, 3))).square().sum(1, keepdim=True)
-        near = torch.exp(-gap / 0.01) * (1.0 if dy * dx == 0 else 0.7)
-        edge = torch.ones_like(near)
-        if dy:
-            edge[:, :, n - 1 :] = 0
-        if dx > 0:
-            edge[:, :, :, n - 1 :] = 0
-        if dx < 0:
-            edge[:, :, :, :1] = 0
-        w.append(near * edge)
+    gap = sum((_neighbours(image[:, i : i + 1]) - image[:, i : i + 1]).square() for i in range(3))
+    near = pull * torch.exp(-gap / 0.01) * gap.new_tensor([0.7, 1, 0.7, 1, 1, 0.7, 1, 0.7])[:, None, None]
     q = torch.tanh(odds / 2)
     for _ in range(steps):
-        field = odds
-        for (dy, dx), near in zip(kinds, w):
-            field = field + pull * near * torch.roll(q, (-dy, -dx), (2, 3))
-            field = field + pull * torch.roll(near * q, (dy, dx), (2, 3))
-        q = torch.tanh(field / 2)
+        q = torch.tanh((odds + (near * _neighbours(q)).sum(1, keepdim=True)) / 2)
     return (q + 1) / 2
 
 
+def _neighbours(x: Tensor) -> Tensor:
+    """The 8 neighbours [B,8,n,n] of each pixel of [B,1,n,n], 0 beyond the border."""
+    n = x.shape[-1]
+    x = F.pad(x, (1, 1, 1, 1))
+    return torch.cat(
+        [x[..., i : i + n, j : j + n] for i in range(3) for j in range(3) if (i, j) != (1, 1)], 1
+    )
+
+
 def _connected(p: Tensor, seed: Tensor) -> Tensor:
-    """What can be reached from a seed without passing lower values: grey-scale reconstruction at half size."""
-    low = F.avg_pool2d(p, 2, ceil_mode=True)
-    reach = torch.minimum(F.max_pool2d(seed, 2, ceil_mode=True), low)
+    """What can be reached from a seed without passing lower values or narrow bridges; any [B,C,n,n].
+
+    Grey-scale reconstruction at half size of what survives an erosion, grown back.
+    """
+    low = (2 * F.avg_pool2d(p, 2, ceil_mode=True)).clamp_max(1)  # a half is as good as a whole bridge
+    thin = 1 - _widest(1 - low, 0, 1)
+    reach = torch.minimum(F.max_pool2d(seed, 2, ceil_mode=True), thin)
     for _ in range(low.shape[-1] * 3 // 4):
-        reach = torch.minimum(_widest(reach), low)
+        reach = torch.minimum(_widest(reach, 1, 1), thin)
+    reach = torch.minimum(_widest(reach, 1, 0), low)
+    for _ in range(3):
+        reach = torch.minimum(_widest(reach, 1, 1), low)
     kept = F.interpolate(reach / low.clamp_min(1e-4), p.shape[-2:], mode="bilinear", align_corners=False)
     return p * kept
 
 
-def _widest(x: Tensor) -> Tensor:
-    """The largest of 3 x 3 neighbours; faster than max_pool2d, which also looks for places."""
-    x = F.pad(x, (1, 1, 1, 1))
-    x = torch.maximum(torch.maximum(x[..., :-2], x[..., 1:-1]), x[..., 2:])
-    return torch.maximum(torch.maximum(x[..., :-2, :], x[..., 1:-1, :]), x[..., 2:, :])
+def _widest(x: Tensor, before: int, after: int) -> Tensor:
+    """The largest value from `before` pixels left or above to `after` right or below.
+
+    Several times faster than max_pool2d, which also looks for places.
+    """
+    n = x.shape[-1]
+    x = F.pad(x, (before, after, before, after))
+    for axis in (-1, -2):
+        x = functools.reduce(torch.maximum, [x.narrow(axis, i, n) for i in range(before + after + 1)])
+    return x
 
 
 def _guided(small: Tensor, p: Tensor, image: Tensor, eps: float = 4e-4) -> Tensor:
