@@ -66,7 +66,7 @@ def geometry(head, code: FaceCode, size=None) -> tuple[Fragments, Tensor, Tensor
     """
     code.require_head(head.name)
     verts = head.verts(code.shape, code.exp, code.pose)
-    fragments = rasterize_head(to_image(verts, code), head.faces, _size(code, size))
+    fragments = rasterize_head(to_image(verts, code), head.faces, picture_size(code, size))
     normals = raster.corner_planes(raster.vertex_normals(verts, head.faces), head.faces)
     uv = head.uv.to(normals) * head.uv.new_tensor([2.0, -2.0]) + head.uv.new_tensor([-1.0, 1.0])
     uv = raster.corner_planes(uv[None], head.uv_faces).repeat(1, 1, len(verts))
@@ -170,7 +170,8 @@ def _from_light(verts, faces, fragments, light_dir, depth, resolution):
     return point, plane, facing, shadow_map
 
 
-def _size(code: FaceCode, size) -> tuple[int, int]:
+def picture_size(code: FaceCode, size) -> tuple[int, int]:
+    """(H, W) of the picture to render: see `render`."""
     if size is None:
         return code.size
     if isinstance(size, int):

@@ -51,7 +51,7 @@ def shading_reference(
     else:
         verts = head.verts(code.shape, code.exp, code.pose)
         points = buffers.to_image(verts, code)
-        fragments = buffers.rasterize_head(points, faces, buffers._size(code, size))
+        fragments = buffers.rasterize_head(points, faces, buffers.picture_size(code, size))
         normal = raster.interpolate_verts(fragments, faces, raster.vertex_normals(verts, faces))
     return reference(normal, fragments.mask, code.light, visible)
 
@@ -67,11 +67,17 @@ def reference(normal: Tensor, mask: Tensor, light: Tensor, visible: Tensor | Non
     return shading * GREY * mask * (normal[:, 2:] > TURNED)
 
 
-def visibility(head, code: FaceCode, size=None) -> Tensor:
-    """What the main direction of code.light reaches of the head: [N,1,H,W], 1 lit, 0 in shadow, 1 outside."""
-    verts = buffers.to_image(head.verts(code.shape, code.exp, code.pose), code)
-    fragments = buffers.rasterize_head(verts, head.faces, buffers._size(code, size))
-    direction = sh.direction(code.light)
+def visibility(head, code: FaceCode, size=None, light: Tensor | None = None, drawn=None) -> Tensor:
+    """What the main direction of a light reaches of the head: [N,1,H,W], 1 lit, 0 in shadow, 1 outside.
+
+    light [N,9,3]: code.light when None. drawn: (verts in image space, fragments) of the head where they are
+    known already.
+    """
+    if drawn is None:
+        verts = buffers.to_image(head.verts(code.shape, code.exp, code.pose), code)
+        drawn = verts, buffers.rasterize_head(verts, head.faces, buffers.picture_size(code, size))
+    verts, fragments = drawn
+    direction = sh.direction(code.light if light is None else light)
     return buffers.cast_shadow(verts, head.faces, fragments, direction, SOFTNESS, buffers.depth_scale(code))
 
 

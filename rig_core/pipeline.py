@@ -1,6 +1,9 @@
-"""DiffusionRig end to end, readable in one sitting: photo -> face -> code -> edit -> buffers -> photo'.
+"""The two recipes end to end, readable in one sitting.
 
-Every arrow is one function here and one node on the canvas; this module only strings them together.
+DiffusionRig: photo -> face -> code -> edit -> buffers -> photo' (`estimate`, `turn`, `paint`, `paste`).
+DiFaReli: photo -> face -> subject -> noise -> the same noise under other lights (`estimate`, `describe`,
+`to_noise`, `relight`, `paste`). Every arrow is one function here and one node on the canvas; this module
+only strings them together.
 """
 
 from __future__ import annotations
@@ -11,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import align, buffers, diffusion, samplers, warp
-from .estimators import landmark_fit, landmarks
+from . import align, buffers, conditions, diffusion, matte, samplers, warp
+from .estimators import identity, landmark_fit, landmarks, parsing, shadow
 from .face import FaceCode, axis_angle_to_matrix, cat, matrix_to_axis_angle
 
 STEPS, SOLVER, GUIDANCE = "quad20", "ab2", 1.5
+RELIGHT_STEPS, RELIGHT_SOLVER, RELIGHT_GUIDANCE = "quad49", "ab2", 1.0
 NEAR = 0.09  # of the width: how far around the head an edit may show, for the hair
 
 
@@ -142,9 +146,130 @@ def paint(
     noise = noise.expand(len(codes), -1, -1, -1)
     denoiser = rig if guidance == 1 else guided(rig, condition[0], guidance)
     painted = samplers.sample(denoiser, noise, condition, schedule, solver, callback=callback) / 2 + 0.5
-    painted, near = painted.clamp(0, 1), round(NEAR * painted.shape[-1])
-    mask = F.max_pool2d(rendered.mask[:1], 2 * near + 1, 1, near)
-    return Edit(painted[1:], painted[:1], grid, mask)
+    painted = painted.clamp(0, 1)
+    return Edit(painted[1:], painted[:1], grid, near(rendered.mask[:1]))
+
+
+def near(mask: Tensor) -> Tensor:
+    """Where an edit of the head in mask [1,1,s,s] may show: there and a little around it."""
+    r = round(NEAR * mask.shape[-1])
+    return F.max_pool2d(mask, 2 * r + 1, 1, r)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What DiFaReli keeps of a photo under every light.
+
+    background [1,3,s,s] -1..1 without face, neck and hair; embed [1,E] of the identity; shadow [1,1] the
+    amount of cast shadow; matte [1,1,s,s] 0..1 of face, neck and hair.
+    """
+
+    background: Tensor
+    embed: Tensor
+    shadow: Tensor
+    matte: Tensor
+
+
+def describe(head, portrait: Portrait, recognise, judge, parser=None) -> Subject:
+    """Ask the estimators about a portrait: the identity encoder, the shadow estimator, the face parser.
+
+    Without a parser the mask of face, neck and hair comes from the fitted head and the picture's colours.
+    """
+    image = portrait.image
+    if parser is None:
+        mask = matte.head_matte(head, portrait.code, image)
+    else:
+        mask = parsing.head_mask(parsing.parse(parser, image)).to(image)
+    embed, amount = identity.embed(recognise, image), shadow.scalar(judge, image)
+    return Subject(conditions.background(image, mask), embed, amount, mask)
+
+
+def relight_condition(
+    model,
+    head,
+    portrait: Portrait,
+    subject: Subject,
+    light: Tensor,
+    shadow: Tensor | None = None,
+    cast: bool = True,
+):
+    """DiFaReli's condition for N lights [N,9,3] on one photo; what does not depend on the light exists once.
+
+    shadow [N,1] or [1,1]: amounts of cast shadow, the photo's own when None. cast: the shading reference
+    carries the shadow that the head casts on itself under each light.
+    """
+    code, size = portrait.code, model.config.image_size
+    fragments, normal, _ = buffers.geometry(head, code, size)
+    visible = None
+    if cast:
+        drawn = buffers.to_image(head.verts(code.shape, code.exp, code.pose), code), fragments
+        visible = torch.cat([conditions.visibility(head, code, size, v[None], drawn) for v in light])
+    reference = conditions.reference(normal, fragments.mask, light, visible)
+    vector = conditions.vector(code, subject.embed, subject.shadow if shadow is None else shadow)
+    return model.condition(conditions.spatial(reference, subject.background), vector)
+
+
+def to_noise(
+    model,
+    head,
+    portrait: Portrait,
+    subject: Subject,
+    steps: str = RELIGHT_STEPS,
+    solver: str = RELIGHT_SOLVER,
+    match: bool = False,
+    cast: bool = True,
+    callback=None,
+) -> samplers.Inversion:
+    """Invert a portrait under its own light, once for all lights to come.
+
+    match: also correct the drift of the channels' means, for as many evaluations again (section 3.5).
+    """
+    condition = relight_condition(model, head, portrait, subject, portrait.code.light, cast=cast)
+    schedule, image = diffusion.respace(diffusion.linear_schedule(), steps), portrait.image * 2 - 1
+    if match:
+        found = samplers.invert_matched(model, image, condition, schedule, solver, callback=callback)
+        return samplers.Inversion(*found, steps, solver)
+    x_T = samplers.invert(model, image, condition, schedule, solver, callback=callback)
+    return samplers.Inversion(x_T, None, steps, solver)
+
+
+def relight(
+    model,
+    head,
+    portrait: Portrait,
+    subject: Subject,
+    light: Tensor,
+    shadow: Tensor | None = None,
+    noise: samplers.Inversion | None = None,
+    guidance: float = RELIGHT_GUIDANCE,
+    cast: bool = True,
+    batch: int = 8,
+    callback=None,
+) -> Edit:
+    """The portrait under N lights [N,9,3] of the code's head.
+
+    shadow [N,1] or [1,1]: amounts of cast shadow, the photo's own when None. noise: of `to_noise`, made here
+    when None. guidance: how far the edit is driven, 1 as trained (see `guided`). batch: lights at a time.
+    """
+    noise = noise or to_noise(model, head, portrait, subject, cast=cast, callback=callback)
+    schedule = diffusion.respace(diffusion.linear_schedule(), noise.steps)
+    denoiser = model
+    if guidance != 1:
+        own = relight_condition(model, head, portrait, subject, portrait.code.light, cast=cast)
+        denoiser = guided(model, own, guidance)
+    shadow = subject.shadow if shadow is None else shadow
+    n, painted = max(len(light), len(shadow)), []
+    for i in range(0, n, batch):
+        part = [v[i : i + batch] if len(v) == n else v for v in (light, shadow)]
+        condition = relight_condition(model, head, portrait, subject, *part, cast)
+        x_T = noise.x_T.expand(len(condition), -1, -1, -1)
+        painted.append(
+            samplers.sample(
+                denoiser, x_T, condition, schedule, noise.solver, callback=callback, correct=noise.shift
+            )
+        )
+    image = (torch.cat(painted) / 2 + 0.5).clamp(0, 1)
+    return Edit(image, portrait.image, None, near(subject.matte))
 
 
 def guided(rig, source, weight: float):

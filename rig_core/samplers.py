@@ -131,6 +131,62 @@ def invert(
     return _run(denoiser, x_0, condition, steps, solver, clip, None, callback, None)
 
 
+@dataclass(frozen=True)
+class Inversion:
+    """A photo as noise, and what keeps its brightness on the way back.
+
+    x_T    [1,3,H,W]  the noise map
+    shifts [N,1,3]    added to the channels after each step of `sample` (`correct=inversion.shift`); None
+                      without mean matching
+    steps, solver     what it was made with; `sample` needs the same
+    """
+
+    x_T: Tensor
+    shifts: Tensor | None
+    steps: str
+    solver: str
+
+    def shift(self, i: int, x: Tensor) -> Tensor:
+        return x if self.shifts is None else x + self.shifts[i][..., None, None].to(x)
+
+
+def invert_matched(
+    denoiser: Callable,
+    x_0: Tensor,
+    condition,
+    schedule: Schedule,
+    solver: str = "ddim",
+    clip: bool = True,
+    callback: Callable[[dict], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`invert` and one pass back that matches means: (x_T [B,3,H,W], shifts [N,B,3]).
+
+    The means of the channels are recorded on the way to noise; on the way back each state is moved to the
+    mean that it had at that level, and the move is what `sample` repeats under other conditions through
+    `Inversion.shift` (Ponglertnapakorn et al. 2023, section 3.5, "mean-matching").
+    """
+    means = [x_0.mean((2, 3))]
+
+    def record(info: dict) -> None:
+        means.append(info["x"].mean((2, 3)))
+        if callback is not None:
+            callback({**info, "n": 2 * info["n"]})
+
+    x_T = invert(denoiser, x_0, condition, schedule, solver, clip, record)
+    n, shifts = len(schedule), []
+
+    def correct(i: int, x: Tensor) -> Tensor:
+        shifts.append(means[n - 1 - i] - x.mean((2, 3)))
+        return x + shifts[-1][..., None, None]
+
+    def report(info: dict) -> None:
+        if callback is not None:
+            callback({**info, "i": n + info["i"], "n": 2 * n})
+
+    sample(denoiser, x_T, condition, schedule, solver, clip=clip, callback=report, correct=correct)
+    return x_T, torch.stack(shifts)
+
+
 def _check(solver: str, known: tuple[str, ...], x: Tensor) -> None:
     if solver not in known:
         raise ValueError(f"solver '{solver}' is not one of {', '.join(known)}")
