@@ -166,6 +166,7 @@ _NAMES = {
     "builtins.dict",
     "builtins.set",
     "torch.device",
+    "torch.nn.backends.thnn._get_thnn_function_backend",  # an attribute of modules before PyTorch 1.2
     *STORAGES,
 }
 _RECORDS = {  # a network pickled whole, beside its optimiser
@@ -243,7 +244,7 @@ def _make(target, args: tuple):
             return {}
         case Name("builtins.set"):
             return list(_of(args[0], list))
-        case Name("torch.device"):
+        case Name("torch.device" | "torch.nn.backends.thnn._get_thnn_function_backend"):
             return None
         case Name(name) if name in _RECORDS and args == ():
             return Record(name, {})

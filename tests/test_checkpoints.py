@@ -474,6 +474,10 @@ def test_records_cannot_be_called_or_nested_without_end():
         else:
             with pytest.raises(ValueError, match=message):
                 load(linear + text, None)
+    backend = b"ctorch.nn.backends.thnn\n_get_thnn_function_backend\n)R"
+    assert load(linear + b")\x81}X\x08\x00\x00\x00_backend" + backend + b"sb.", None).state == {
+        "_backend": None
+    }
     deep = Record("models.ResNet", {})
     for _ in range(30):
         deep = Record("models.ResNet", {"_modules": {"a": deep}})
