@@ -1,10 +1,10 @@
 """A soft mask of face, neck and hair, from the fitted head and the colours of the picture alone.
 
-Inside the rendered head everything belongs to it but the neck, where clothes may lie over the skin. Around
-it, three colour histograms (skin, hair, everything else) start from places that are sure and are refined as
-GrabCut does (Rother et al. 2004), with a prior of where hair grows; neighbours of like colour are drawn
-together, what does not hang together with the head is dropped, and a guided filter (He et al. 2010) gives
-the soft edge. A hat is head where it covers the skull.
+Inside the rendered head nearly everything belongs to it but the neck, where clothes may lie over the skin.
+Around it, three colour histograms (hair, skin, everything else) start from places that are known and are
+refined as GrabCut does (Rother et al. 2004), with a prior of where hair grows; neighbours of like colour are
+drawn together, what does not hang together with the head is dropped, and a guided filter (He et al. 2010)
+gives the soft edge. A hat counts as hair: it takes the hair's place, and light falls on it all the same.
 """
 
 from __future__ import annotations
@@ -30,15 +30,21 @@ def head_matte(head, code: FaceCode, image: Tensor) -> Tensor:
     """Coverage of face, neck and hair [B,1,s,s], 0..1.
 
     head: the HeadModel of code; code: B faces in the picture's frame (code.size may be another size of the
-    same square); image [B,3,s,s] RGB 0..1. Raises ValueError for pictures that are not such.
+    same square); image [B,3,s,s] RGB 0..1. Raises ValueError for pictures that are not such, for a code of
+    another head and for a head without the masks face, neck and scalp.
     """
     image = check_image(image)
+    code.require_head(head.name)
     s = image.shape[-1]
     if image.shape[-2] != s or s < 16:
         raise ValueError(f"a matte needs a square picture of 16 px or more, got {list(image.shape)}")
     if len(code) != len(image):
         raise ValueError(f"{len(image)} pictures need as many face codes, got {len(code)}")
-    image = image.float()
+    lacking = [k for k in ("face", "neck", "scalp") if k not in head.masks]
+    if lacking:
+        raise ValueError(
+            f"the '{head.name}' head has no mask '{lacking[0]}': use the open head or a face parser"
+        )
     n = min(s, WORK)
     small = F.interpolate(image, (n, n), mode="area") if n < s else image
     place = regions(head, code, n)
@@ -73,12 +79,12 @@ def regions(head, code: FaceCode, n: int) -> Regions:
     """The regions of a face in a square picture of n px."""
     verts = buffers.to_image(head.verts(code.shape, code.exp, code.pose), code)
     fragments = buffers.rasterize_head(verts, head.faces, (n, n))
-    values = torch.stack([_mask(head, k) for k in ("scalp", "face", "neck", "beard", "brows")], -1).to(verts)
+    values = torch.stack([_mask(head, k) for k in ("scalp", "neck", "beard", "brows", "face")], -1).to(verts)
     drawn = raster.interpolate_verts(fragments, head.faces, values[None].expand(len(code), -1, -1))
-    scalp, _, neck, beard, brows = drawn.clamp(0, 1).split(1, 1)
+    scalp, neck, beard, brows, _ = drawn.clamp(0, 1).split(1, 1)
     mask = fragments.mask.to(drawn)
     core = mask * (neck < 0.5)
-    weight = (values[:, 0] + values[:, 1] > 0.5).to(verts)[None, :, None]
+    weight = (values[:, 0] + values[:, 4] > 0.5).to(verts)[None, :, None]
     weight = weight / weight.sum()
     centre = (verts[..., :2] * weight).sum(1, keepdim=True)
     spread = ((verts[..., :2] - centre).square() * weight).sum((1, 2)).sqrt()
@@ -100,7 +106,9 @@ def regions(head, code: FaceCode, n: int) -> Regions:
 
 
 def _mask(head, name: str) -> Tensor:
-    return head.masks[name] if name in head.masks else torch.zeros_like(next(iter(head.masks.values())))
+    if name in ("beard", "brows") and name not in head.masks:
+        return torch.zeros_like(next(iter(head.masks.values())))
+    return head.masks[name]
 
 
 def _distance(mask: Tensor) -> Tensor:
@@ -125,19 +133,22 @@ def _solve(image: Tensor, place: Regions) -> Tensor:
     post = _classes(image, place)
     head = (post[:, :1] + post[:, 1:2]).clamp(1e-4, 1 - 1e-4)
     odds = torch.where(place.sure > 0.5, 6.0, (head / (1 - head)).log().clamp(-5, 5))
-    head = _connected(_smooth(image, odds), place.sure)
-    return torch.maximum(head, place.sure)
+    head = torch.maximum(_connected(_smooth(image, odds), place.sure), place.sure)
+    # a gleam on the hair is no hole: what of the skull the backdrop does not reach is head
+    rest = _connected(1 - head, (place.distance > 0.3).to(head))
+    return torch.maximum(head, place.core * (1 - rest))
 
 
 def _classes(image: Tensor, place: Regions) -> Tensor:
     """Probability of hair, skin and everything else [B,3,n,n]."""
     colour, outside = _codes(image), 1 - place.core
-    # hair grows close to the skull and falls beside the neck; the fitted silhouette is a little off
+    # hair grows close to the skull and falls beside the neck
     hair = torch.sigmoid(2 - 6 * place.distance) * (1 - 0.5 * torch.sigmoid(6 * (place.below - 1.3)))
     hair = hair.clamp(0.005, 0.9)
     skin = (0.85 * place.neck + 0.3 * torch.exp(-20 * place.distance)).clamp(0.003, 0.9)
     rest = (1 - hair) * (1 - 0.9 * place.neck) + 0.02
     prior = torch.cat([hair * (1 - 0.85 * place.neck), skin, rest], 1)
+    # on the skull and at the silhouette the fit may be off: nearly sure
     rim = torch.cat([0.05 + 0.85 * place.scalp, 0.9 - 0.85 * place.scalp, torch.full_like(skin, 0.03)], 1)
     prior = torch.where(place.core > 0.5, rim, prior)
     far = torch.sigmoid(14 * (place.distance - 0.55)) * outside
@@ -146,11 +157,11 @@ def _classes(image: Tensor, place: Regions) -> Tensor:
         like = _likelihood(colour, weights)
         post = prior * like
         post = post / post.sum(1, keepdim=True)
-        # colours alone must agree before a pixel teaches the hair, or the backdrop near the head would
+        # colours alone must agree before a pixel teaches the hair, or the backdrop near the head would;
+        # and a scalp of the backdrop's colour is a backdrop that the fitted skull covers
         fair = like / like.sum(1, keepdim=True)
-        hair = seeds[:, :1] * (1 - 3 * fair[:, 2:]).clamp_min(0.02) + outside * post[:, :1] * (
-            2 * fair[:, :1] - 1
-        ).clamp_min(0)
+        learnt = outside * post[:, :1] * (2 * fair[:, :1] - 1).clamp_min(0)
+        hair = seeds[:, :1] * (1 - 3 * fair[:, 2:]).clamp_min(0.02) + learnt
         skin = seeds[:, 1:2] + place.neck * post[:, 1:2]
         rest = seeds[:, 2:] * fair[:, 2:] + outside * post[:, 2:]
         weights = torch.cat([hair, skin, rest], 1)
