@@ -1,9 +1,12 @@
-"""Train and measure the small estimator of cast shadows: `python -m training.estimators shadow --out FILE`.
+"""Train and measure the small estimator of cast shadows.
+
+python -m training.estimators shadow --renders DIR [--photos DIR] --out shadow.safetensors
 
 What it learns: the square root of the share of light on the seen facial skin that is lost to cast shadows
 (`SynthBatch.dim` of training/synth.py: luminance, before exposure; attached shadows, where a surface turns
 away from its lamp, do not count). Every scene is rendered twice, with the lamps' shadows and without, so
-that the network has to find what shadows look like and not what lights and faces they come with.
+that the network has to find what shadows look like and not what lights and faces they come with. Softly lit
+photos (--photos) are relit by their fitted heads in the same two ways.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rig_core import checkpoints
+from rig_core import buffers, checkpoints, data
 from rig_core.estimators import landmarks, shadow
 from training import synth, synth_light, synth_scene
 
@@ -31,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the `shadow` command."""
     parser.add_argument("--out", type=Path, required=True, help="shadow.safetensors to write")
     parser.add_argument("--renders", type=Path, required=True, help="folder that keeps the rendered scenes")
+    parser.add_argument("--photos", type=Path, help="dataset of softly lit photos, 128 px, to relight")
+    parser.add_argument("--init", type=Path, help="checkpoint to go on from")
     parser.add_argument("--synth-count", type=int, default=1000, help="scenes, each rendered twice")
     parser.add_argument("--held-out", type=int, default=150, help="scenes kept for measuring")
     parser.add_argument("--steps", type=int, default=1500, help="0 only measures the file --out")
@@ -44,13 +49,18 @@ def run(args: argparse.Namespace) -> None:
     images, dim = scenes(args.renders, range(args.synth_count))
     unseen, unseen_dim = scenes(args.renders, range(HELD_OUT, HELD_OUT + args.held_out))
     if args.steps:
-        net = train(images, dim, args.steps, args.batch, args.lr, args.seed)
+        net = checkpoints.load_shadow(args.init).requires_grad_(True) if args.init else fresh()
+        more = [photo_pairs(args.photos, "train")] if args.photos else []
+        every = [torch.cat(x) for x in zip((images, dim), *more)]
+        net = train(net, *every, args.steps, args.batch, args.lr, args.seed)
         calibrate(net, images, dim)
-        meta = {"kind": "shadow", "scenes": len(images), "steps": args.steps, "seed": args.seed}
+        meta = {"kind": "shadow", "scenes": len(every[0]), "steps": args.steps, "seed": args.seed}
         tensors = {k: v.half() if v.ndim > 1 else v for k, v in net.state_dict().items()}
         checkpoints.save(args.out, tensors, meta)
-    for name, value in measure(checkpoints.load_shadow(args.out), unseen, unseen_dim).items():
-        print(f"{name}: {value:.3f}")
+    net = checkpoints.load_shadow(args.out)
+    print_table("held-out synthetic persons", measure(net, unseen, unseen_dim))
+    if args.photos:
+        print_table("photos of other persons, relit", measure(net, *photo_pairs(args.photos, "val")))
 
 
 # --- scenes ---
@@ -96,14 +106,42 @@ def scenes(folder: Path, seeds: range) -> tuple[Tensor, Tensor]:
     return torch.cat(images)[: len(seeds)], torch.cat(dims)[: len(seeds)]
 
 
+def photo_pairs(folder: Path, split: str, limit: int = 400, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """`pairs` of softly lit photos relit by their fitted heads: lamp and surroundings, with the shadows that
+    the head casts on itself and without. The photos' own faint shadows are neglected."""
+    photos, head = data.Dataset.open(folder), checkpoints.load_head()
+    index = [i for i, e in enumerate(photos.entries) if "photo" in e.tags and e.split == split][:limit]
+    g = torch.Generator().manual_seed(seed)
+    images, dims = [], []
+    for part in torch.tensor(index).split(8):
+        code, draws = photos.codes(part.tolist()), torch.rand(4, len(part), 1, generator=g)
+        azimuth, elevation = draws[0] * 3.2 - 1.6, draws[1] * 1.5 - 0.3
+        toward = [azimuth.sin() * elevation.cos(), elevation.sin(), azimuth.cos() * elevation.cos()]
+        key = torch.cat(toward, 1)
+        fragments, normal, _ = buffers.geometry(head, code, SIZE)
+        verts = buffers.to_image(head.verts(code.shape, code.exp, code.pose), code)
+        soft, depth = 0.02 + 0.28 * draws[2, :, 0], buffers.depth_scale(code)
+        seen = buffers.cast_shadow(verts, head.faces, fragments, key, soft, depth)
+        on, sky = (fragments.pix_to_face >= 0).float()[:, None], 0.1 + 0.5 * draws[3, ..., None, None]
+        cos = (normal * key[..., None, None]).sum(1, keepdim=True).clamp_min(0) * on + 0.5 * (1 - on)
+        lamp = torch.stack([cos * (seen * on + 1 - on), cos], 1) * (1 - sky[:, None])
+        linear = (photos.images(part.tolist(), SIZE).float() / 255).clamp_min(1e-4)[:, None] ** 2.2
+        relit = linear * (sky[:, None] + lamp)
+        light = (relit * on[:, None]).mean(2).flatten(2).sum(2)
+        relit = relit * (linear.mean((1, 2, 3, 4)) / relit[:, 1].mean((1, 2, 3))).reshape(-1, 1, 1, 1, 1)
+        images.append(((relit ** (1 / 2.2)).clamp(0, 1) * 255).round().to(torch.uint8))
+        dims.append(1 - light[:, 0] / light[:, 1].clamp_min(1e-6))
+    return torch.cat(images), torch.cat(dims).clamp(0, 1)
+
+
 # --- training ---
 
 
-def train(images: Tensor, dim: Tensor, steps: int, batch: int, lr: float, seed: int) -> shadow.ShadowNet:
+def train(net, images: Tensor, dim: Tensor, steps: int, batch: int, lr: float, seed: int) -> shadow.ShadowNet:
     """Squared error of the amount, and of the difference that its shadows make to a scene."""
     g = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    net = fresh().train()
+    net.train()
     optimiser = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.02)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.1)
     truth = dim.sqrt()
@@ -222,6 +260,12 @@ def measure(net: shadow.ShadowNet, images: Tensor, dim: Tensor) -> dict[str, flo
         for q in (0.05, 0.5, 0.95):
             result[f"scalar, {name}, quantile {q}"] = values.quantile(q).item()
     return result
+
+
+def print_table(title: str, values: dict[str, float]) -> None:
+    print(f"{title}:")
+    for name, value in values.items():
+        print(f"  {name}: {value:.3f}")
 
 
 def ranks(x: Tensor) -> Tensor:
