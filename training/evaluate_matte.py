@@ -19,7 +19,7 @@ from rig_core.estimators import landmark_fit
 from training import synth
 from training.evaluate import table
 
-FIRST_SEED = 910_000  # of the held-out synthetic persons
+FIRST_SEED = 910_000  # of synthetic persons that no training has seen
 SIZE = 128  # px
 
 
