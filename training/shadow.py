@@ -258,7 +258,7 @@ def measure(net: shadow.ShadowNet, images: Tensor, dim: Tensor) -> dict[str, flo
     }
     for name, values in (("strong", s[dim > STRONG, 0]), ("none", s[:, 1])):
         for q in (0.05, 0.5, 0.95):
-            result[f"scalar, {name}, quantile {q}"] = values.quantile(q).item()
+            result[f"scalar, {name}, quantile {q}"] = values.quantile(q).item() if len(values) else math.nan
     return result
 
 
