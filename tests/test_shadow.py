@@ -284,4 +284,4 @@ def test_training_run(tmp_path, monkeypatch, capsys):
     assert "rendered scenes 4 to 7" in first and "AUC" in first
     training.run(parser.parse_args([*options, "--steps", "0"]))  # measures only, renders nothing
     second = capsys.readouterr().out
-    assert "rendered" not in second and second.splitlines()[-1] == first.splitlines()[-1]
+    assert "rendered scenes" not in second and second.splitlines()[-1] == first.splitlines()[-1]
