@@ -121,13 +121,16 @@ def invert(
     solver: str = "ddim",
     clip: bool = True,
     callback: Callable[[dict], None] | None = None,
+    partial: bool = False,
 ) -> Tensor:
     """The noise map that `sample` with the same schedule and solver turns back into x_0 [B,3,H,W] in [-1, 1].
 
-    solver: "ddim", "ab2" or "heun"; denoiser and callback as in `sample`.
+    solver: "ddim", "ab2" or "heun"; denoiser and callback as in `sample`. partial: stop at the schedule's
+    last level instead of going on to pure noise, for schedules cut with `diffusion.below`.
     """
     _check(solver, ("ddim", "ab2", "heun"), x_0)
     steps = plan(schedule, solver, reverse=True)
+    steps = steps[:-1] if partial else steps
     return _run(denoiser, x_0, condition, steps, solver, clip, None, callback, None)
 
 
