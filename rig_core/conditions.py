@@ -6,16 +6,19 @@ Vector, [N,D]: shape, pose, expression, camera, identity embedding and the amoun
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import buffers, raster, sh
 from .face import FaceCode
 
 GREY = 180 / 255  # albedo of the published reference
-TURNED = -0.15  # normals whose z is below point too far away to be drawn
-BLOCKED = 0.5  # of the direct light is missing in a cast shadow; measured best for the ratio of references
+TURNED = -0.15  # a normal whose z in the photo is below points too far away to be drawn
 SOFTNESS = 0.2  # angular radius of the light in the cast-shadow map
+PUBLISHED = 256  # px, the picture in which the references of the published models are drawn
 
 
 def vector(code: FaceCode, embed: Tensor, shadow: Tensor) -> Tensor:
@@ -28,61 +31,101 @@ def vector(code: FaceCode, embed: Tensor, shadow: Tensor) -> Tensor:
     n = max(map(len, parts))
     if any(len(p) not in (1, n) for p in parts):
         raise ValueError(
-            f"{len(code)} faces, {len(embed)} embeddings and {len(shadow)} shadow scalars differ"
+            f"{len(code)} faces, {len(embed)} embeddings and {len(parts[-1])} shadow scalars differ"
         )
-    for name, value in (("embedding", embed), ("shadow scalar", shadow)):
-        if not value.isfinite().all():
+    for name, value in (("face code", parts[:4]), ("embedding", [embed]), ("shadow scalar", [shadow])):
+        if not all(v.isfinite().all() for v in value):
             raise ValueError(f"the {name} is not finite: check the photo and the estimator it came from")
     return torch.cat([p.to(code.shape).expand(n, -1) for p in parts], 1)
 
 
-def shading_reference(
-    head, code: FaceCode, size=None, visible: Tensor | None = None, faces: Tensor | None = None
-) -> Tensor:
-    """A grey head under code.light, [N,3,H,W], not clipped, 0 elsewhere.
+@dataclass(frozen=True)
+class Drawn:
+    """The part of a head that the reference shows, seen by the photo's camera.
 
-    size: as for buffers.render. visible [N,1,H,W]: what the light reaches (`visibility`); elsewhere direct
-    light is missing. faces [F,3]: the part of the head to draw, all of it when None;
-    normals are those of the part.
+    points [B,V,3] and faces [F,3] in image space, fragments of them; normal [B,3,H,W] in head space;
+    mask [B,1,H,W]: where there is something to shade.
     """
+
+    points: Tensor
+    faces: Tensor
+    fragments: raster.Fragments
+    normal: Tensor
+    mask: Tensor
+
+
+def face_part(head) -> Tensor:
+    """Triangles [F,3] of the reference: the whole open head; of FLAME the face, as published.
+
+    FLAME's are listed once per corner that lies in the mask "face", and the normals are means over this list,
+    so that triangles of the border weigh less (all of them in the official file of 10750 face ids).
+    """
+    if head.name != "flame" or "face" not in head.masks:
+        return head.faces
+    return head.faces.repeat_interleave((head.masks["face"] > 0.5)[head.faces].sum(1), 0)
+
+
+def draw(head, code: FaceCode, size: int | tuple[int, int] | None = None) -> Drawn:
+    """Draw the part of the head that the reference shows. size: as for buffers.render."""
     code.require_head(head.name)
+    faces = face_part(head)
+    verts = head.verts(code.shape, code.exp, code.pose)
+    points = buffers.to_image(verts, code)
+    fragments = buffers.rasterize_head(points, faces, buffers.picture_size(code, size))
+    normal = raster.vertex_normals(verts, faces)
+    # the crop scales the photo's x and y, not its depth, and with them the normals that decide what is cut
+    depth = normal[..., 2:] * buffers.depth_scale(code)[:, None, None]
+    depth = depth / torch.cat([normal[..., :2], depth], -1).norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    image = raster.interpolate_verts(fragments, faces, torch.cat([normal, depth], -1))
+    return Drawn(points, faces, fragments, image[:, :3], fragments.mask * (image[:, 3:] > TURNED))
+
+
+def drawing_size(head, size: int) -> int:
+    """Side of the picture in which the reference of a network of `size` is drawn, before `fit`."""
+    return PUBLISHED if head.name == "flame" else size
+
+
+def fit(image: Tensor, size: int) -> Tensor:
+    """A reference [N,C,H,W] at the size of the network, as published: bilinear, without smoothing first."""
+    if image.shape[-1] == size:
+        return image
+    return F.interpolate(image, (size, size), mode="bilinear", align_corners=False)
+
+
+def shading_reference(head, code: FaceCode, size: int, visible: Tensor | None = None) -> Tensor:
+    """A grey head under code.light, [N,3,size,size], not clipped, 0 elsewhere.
+
+    visible [N,1,h,w]: what the light reaches (`visibility`); elsewhere only the light from the opposite side
+    arrives. Of FLAME with a mask "face" only the face is drawn (`face_part`).
+    """
     sh.check_light(code.light)
-    if faces is None:
-        fragments, normal, _ = buffers.geometry(head, code, size)
-    else:
-        verts = head.verts(code.shape, code.exp, code.pose)
-        points = buffers.to_image(verts, code)
-        fragments = buffers.rasterize_head(points, faces, buffers.picture_size(code, size))
-        normal = raster.interpolate_verts(fragments, faces, raster.vertex_normals(verts, faces))
-    return reference(normal, fragments.mask, code.light, visible)
+    side = drawing_size(head, size)
+    drawn = draw(head, code, side)
+    visible = None if visible is None else fit(visible, side)
+    return fit(reference(drawn.normal, drawn.mask, code.light, visible), size)
 
 
 def reference(normal: Tensor, mask: Tensor, light: Tensor, visible: Tensor | None = None) -> Tensor:
-    """`shading_reference` from normals [N,3,H,W] and coverage [N,1,H,W], for many lights on one geometry."""
+    """`shading_reference` from normals [N,3,H,W] and a mask [N,1,H,W], for many lights on one geometry."""
     n = max(len(normal), len(light))
     normal, light = normal.expand(n, -1, -1, -1), light.expand(n, -1, -1)
     shading = sh.shade(normal, light)
     if visible is not None:
-        d = sh.direction(light)[:, :, None, None].expand(-1, -1, 1, 1)
-        front, back = sh.shade(d, light), sh.shade(-d, light)
-        direct = (front - back).clamp_min(0) * (normal * d).sum(1, keepdim=True).clamp_min(0)
-        dark = torch.maximum(shading - BLOCKED * direct, torch.minimum(shading, back / 2))
-        shading = torch.lerp(dark, shading, visible)
-    return shading * GREY * mask * (normal[:, 2:] > TURNED)
+        fill = sh.shade(-sh.direction(light)[:, :, None, None].expand_as(normal), light)
+        shading = torch.lerp(torch.minimum(shading, fill), shading, visible)
+    return shading * GREY * mask
 
 
-def visibility(head, code: FaceCode, size=None, light: Tensor | None = None, drawn=None) -> Tensor:
+def visibility(
+    head, code: FaceCode, size=None, light: Tensor | None = None, drawn: Drawn | None = None
+) -> Tensor:
     """What the main direction of a light reaches of the head: [N,1,H,W], 1 lit, 0 in shadow, 1 outside.
 
-    light [N,9,3]: code.light when None. drawn: (verts in image space, fragments) of the head where they are
-    known already.
+    light [N,9,3]: code.light when None. drawn: of `draw`, where it is known already.
     """
-    if drawn is None:
-        verts = buffers.to_image(head.verts(code.shape, code.exp, code.pose), code)
-        drawn = verts, buffers.rasterize_head(verts, head.faces, buffers.picture_size(code, size))
-    verts, fragments = drawn
+    d = drawn or draw(head, code, size)
     direction = sh.direction(code.light if light is None else light)
-    return buffers.cast_shadow(verts, head.faces, fragments, direction, SOFTNESS, buffers.depth_scale(code))
+    return buffers.cast_shadow(d.points, d.faces, d.fragments, direction, SOFTNESS, buffers.depth_scale(code))
 
 
 def background(image: Tensor, matte: Tensor) -> Tensor:
@@ -94,3 +137,49 @@ def spatial(reference: Tensor, background: Tensor) -> Tensor:
     """[N,6,H,W] from a reference per light and one background, or one each."""
     n = max(len(reference), len(background))
     return torch.cat([reference.expand(n, -1, -1, -1), background.expand(n, -1, -1, -1)], 1)
+
+
+def shrink(image: Tensor, size: int) -> Tensor:
+    """A picture [N,C,H,W] 0..1 at size x size, as PIL's LANCZOS makes it: 8 bits before, between and after.
+
+    Published models below 256 px see photos and backgrounds this way.
+    """
+    if image.shape[2:] == (size, size):
+        return image
+    x = (image * 255).round()
+    for axis in (3, 2):
+        x = torch.moveaxis(torch.moveaxis(x, axis, -1) @ _lanczos(x.shape[axis], size).T.to(x), -1, axis)
+        x = (x + 0.5).floor().clamp(0, 255)
+    return x / 255
+
+
+def _lanczos(n: int, m: int) -> Tensor:
+    """Weights [m,n] of the windowed sinc (three lobes), as wide as the shrinking asks for."""
+    scale = n / m
+    wide = max(scale, 1.0)
+    centre = (torch.arange(m, dtype=torch.float64)[:, None] + 0.5) * scale
+    x = (torch.arange(n, dtype=torch.float64) + 0.5 - centre) / wide
+    weight = torch.where(x.abs() < 3, x.sinc() * (x / 3).sinc(), 0.0)
+    return weight / weight.sum(1, keepdim=True)
+
+
+def shadow_sweep(shadow: Tensor, n: int, goal: float | None = None, by: float = 0.0) -> Tensor:
+    """n amounts of cast shadow [n,1] from the photo's own [1,1] to `goal`, or to its own plus `by`.
+
+    Published: goal -1 removes the shadow, by 5 adds some.
+    """
+    own = shadow.reshape(-1)[:1]
+    stop = own + by if goal is None else torch.full_like(own, goal)
+    return torch.lerp(own, stop, torch.linspace(0, 1, n).to(own))[:, None]
+
+
+def light_grid(light: Tensor, n: int, x=(-1.0, 1.0), y=(1.0, 0.0), scale: float = 1.0) -> Tensor:
+    """The light [1,9,3] turned to n x n frontal directions (x, y, 1), x the outer loop: [n*n,9,3].
+
+    As in the paper's grids: band 1 becomes white light of unit length from there, and all is scaled.
+    """
+    gx, gy = (torch.linspace(*ends, n).to(light) for ends in (x, y))
+    grid = torch.stack([gx.repeat_interleave(n), gy.repeat(n), torch.ones(n * n).to(light)], 1)
+    lights = sh.check_light(light).repeat(n * n, 1, 1)
+    lights[:, 1:4] = F.normalize(grid, dim=1)[..., None]
+    return lights * scale

@@ -8,18 +8,19 @@ only strings them together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import align, buffers, conditions, diffusion, matte, samplers, warp
+from . import align, buffers, conditions, diffusion, matte, ratio, samplers, sh, warp
 from .estimators import identity, landmark_fit, landmarks, parsing, shadow
 from .face import FaceCode, axis_angle_to_matrix, cat, matrix_to_axis_angle
 
 STEPS, SOLVER, GUIDANCE = "quad20", "ab2", 1.5
 RELIGHT_STEPS, RELIGHT_SOLVER, RELIGHT_GUIDANCE = "quad49", "ab2", 1.0
+REFINE_STEPS, REFINE_DEPTH, REFINE_GUIDANCE = "quad32", 600, 1.0  # 23 + 24 evaluations
 NEAR = 0.09  # of the width: how far around the head an edit may show, for the hair
 
 
@@ -184,6 +185,29 @@ def describe(head, portrait: Portrait, recognise, judge, parser=None) -> Subject
     return Subject(conditions.background(image, mask), embed, amount, mask)
 
 
+def shrink(portrait: Portrait, subject: Subject, size: int) -> tuple[Portrait, Subject]:
+    """A portrait and its subject at the size of a smaller denoiser, [1,3,size,size].
+
+    As models below 256 px were published: described at 256, then made smaller (LANCZOS).
+    """
+    image, background = (conditions.shrink(v, size) for v in (portrait.image, subject.background / 2 + 0.5))
+    small = Portrait(image, portrait.crop.resized(size), portrait.code.resized((size, size)))
+    mask = F.interpolate(subject.matte, (size, size), mode="area")
+    return small, replace(subject, background=background * 2 - 1, matte=mask)
+
+
+def check_size(model, portrait: Portrait, subject: Subject) -> int:
+    """The side of a denoiser's pictures; ValueError when the portrait has another."""
+    size = model.config.image_size
+    for what, image in (("portrait", portrait.image), ("background", subject.background)):
+        if tuple(image.shape[2:]) != (size, size):
+            raise ValueError(
+                f"the {what} is {image.shape[3]} x {image.shape[2]} px, the denoiser works at {size}: "
+                f"estimate it with size={size}, or shrink a larger one"
+            )
+    return size
+
+
 def relight_condition(
     model,
     head,
@@ -192,19 +216,23 @@ def relight_condition(
     light: Tensor,
     shadow: Tensor | None = None,
     cast: bool = True,
+    cast_by: Tensor | None = None,
 ):
     """DiFaReli's condition for N lights [N,9,3] on one photo; what does not depend on the light exists once.
 
     shadow [N,1] or [1,1]: amounts of cast shadow, the photo's own when None. cast: the shading reference
-    carries the shadow that the head casts on itself under each light.
+    carries the shadow that the head casts on itself under each light, or under the lights cast_by [M,9,3]
+    in their place. Raises ValueError for a light that is
+    not finite and for a portrait of another size than the denoiser's.
     """
-    code, size = portrait.code, model.config.image_size
-    fragments, normal, _ = buffers.geometry(head, code, size)
+    sh.check_light(light)
+    code, size = portrait.code, check_size(model, portrait, subject)
+    drawn = conditions.draw(head, code, conditions.drawing_size(head, size))
     visible = None
     if cast:
-        drawn = buffers.to_image(head.verts(code.shape, code.exp, code.pose), code), fragments
-        visible = torch.cat([conditions.visibility(head, code, size, v[None], drawn) for v in light])
-    reference = conditions.reference(normal, fragments.mask, light, visible)
+        shades = light if cast_by is None else cast_by
+        visible = torch.cat([conditions.visibility(head, code, light=v[None], drawn=drawn) for v in shades])
+    reference = conditions.fit(conditions.reference(drawn.normal, drawn.mask, light, visible), size)
     vector = conditions.vector(code, subject.embed, subject.shadow if shadow is None else shadow)
     return model.condition(conditions.spatial(reference, subject.background), vector)
 
@@ -259,6 +287,10 @@ def relight(
         denoiser = guided(model, own, guidance)
     shadow = subject.shadow if shadow is None else shadow
     n, painted = max(len(light), len(shadow)), []
+    if any(len(v) not in (1, n) for v in (light, shadow)):
+        raise ValueError(
+            f"{len(light)} lights and {len(shadow)} shadow scalars: give one of either, or as many"
+        )
     for i in range(0, n, batch):
         part = [v[i : i + batch] if len(v) == n else v for v in (light, shadow)]
         condition = relight_condition(model, head, portrait, subject, *part, cast)
@@ -268,6 +300,46 @@ def relight(
                 denoiser, x_T, condition, schedule, noise.solver, callback=callback, correct=noise.shift
             )
         )
+    image = (torch.cat(painted) / 2 + 0.5).clamp(0, 1)
+    return Edit(image, portrait.image, None, near(subject.matte))
+
+
+def refine(
+    model,
+    head,
+    portrait: Portrait,
+    subject: Subject,
+    light: Tensor,
+    shadow: Tensor | None = None,
+    steps: str = REFINE_STEPS,
+    depth: float = REFINE_DEPTH,
+    guidance: float = REFINE_GUIDANCE,
+    batch: int = 8,
+    callback=None,
+) -> Edit:
+    """The portrait under N lights [N,9,3], with as much of the change as possible done by arithmetic.
+
+    The ratio image gives what a matt head does under the new light; it is taken to noise of timestep `depth`
+    as a picture that has the new light and the photo's own cast shadows, and brought back with the shadows
+    of the new light and the amount `shadow`. The denoiser answers for what the ratio cannot know, and a
+    small one keeps what it could not have made. Arguments as in `relight`; nothing is shared by the lights.
+    """
+    own, shadow = portrait.code.light, subject.shadow if shadow is None else shadow
+    schedule = diffusion.below(diffusion.respace(diffusion.linear_schedule(), steps), depth)
+    n, painted = max(len(light), len(shadow)), []
+    if any(len(v) not in (1, n) for v in (light, shadow)):
+        raise ValueError(
+            f"{len(light)} lights and {len(shadow)} shadow scalars: give one of either, or as many"
+        )
+    for i in range(0, n, batch):
+        lights, amounts = (v[i : i + batch] if len(v) == n else v for v in (light, shadow))
+        start = ratio.ratio_image(head, portrait.image, portrait.code, lights, subject.matte) * 2 - 1
+        before = relight_condition(model, head, portrait, subject, lights, cast_by=own)
+        after = relight_condition(model, head, portrait, subject, lights, amounts)
+        start = start.expand(len(after), -1, -1, -1)
+        x_t = samplers.invert(model, start, before, schedule, RELIGHT_SOLVER, callback=callback, partial=True)
+        denoiser = model if guidance == 1 else guided(model, before, guidance)
+        painted.append(samplers.sample(denoiser, x_t, after, schedule, RELIGHT_SOLVER, callback=callback))
     image = (torch.cat(painted) / 2 + 0.5).clamp(0, 1)
     return Edit(image, portrait.image, None, near(subject.matte))
 

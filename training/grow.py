@@ -61,13 +61,16 @@ def grow(state: dict[str, Tensor], norm_groups: int = 32) -> DiffusionRig:
 SPREAD, LEVEL = 0.25, 2.0
 
 
-def grow_relight(state: dict[str, Tensor], norm_groups: int = 32, num_heads: int = 1) -> DiFaReli:
+def grow_relight(
+    state: dict[str, Tensor], norm_groups: int = 32, num_heads: int = 1, image_size: int | None = None
+) -> DiFaReli:
     """State dict of a DiFaReli -> a denoiser of twice the size that starts out computing nearly the same.
 
+    norm_groups, num_heads, image_size: of the coarse network (see `unet.read_architecture`).
     The new features of the Modulator are also factors of the U-Net's: they start as SPREAD times the coarse
     ones around LEVEL, whose tanh is nearly 1, and the step down to the coarse ones undoes that.
     """
-    config = RelightConfig.from_state_dict(state, num_heads=num_heads, norm_groups=norm_groups)
+    config = RelightConfig.from_state_dict(state, image_size, num_heads, norm_groups=norm_groups)
     model = start_open(DiFaReli(finer(config)))
     n = config.num_res_blocks
     count = (n + 1) * len(config.channel_mult)  # coarse blocks on the way up

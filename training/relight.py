@@ -160,12 +160,19 @@ def main(argv: list[str] | None = None) -> None:
 
 def _model(a: argparse.Namespace, head, table: relight_data.Table) -> DiFaReli:
     """The network to train; on resume its weights are replaced by the run's own."""
-    if a.grow and not (a.resume and (Path(a.out) / train.STATE).exists()):
-        return grow_relight(train.weights(a.grow), config_of(a.preset, a.size, 1).norm_groups)
-    sizes = head.sizes
-    cond_dim = sizes.shape + sizes.pose + sizes.exp + 3 + table.columns["embed"].shape[1] + 1
-    model = start_open(DiFaReli(config_of(a.preset, a.size, cond_dim)))
-    if a.rig:
+    cond_dim = relight_data.vector_length(head, table)
+    config = config_of(a.preset, a.size, cond_dim)
+    fresh = not (a.resume and (Path(a.out) / train.STATE).exists())
+    if a.grow and fresh:
+        model = grow_relight(train.weights(a.grow), config.norm_groups, config.num_heads, a.size // 2)
+        if model.config != config:
+            raise ValueError(
+                f"{a.grow} does not grow into --preset {a.preset} at {a.size} px with vectors of {cond_dim}: "
+                f"it gives {model.config}"
+            )
+        return model
+    model = start_open(DiFaReli(config))
+    if a.rig and fresh:
         from_rig(model, train.weights(a.rig))
     return model
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from rig_core import checkpoints, conditions, matte
 from rig_core.data import Dataset, Portraits
-from rig_core.denoisers.relight import RelightConfig
 from rig_core.estimators import identity, shadow
 
 NAME = "relight.safetensors"
@@ -124,7 +123,7 @@ def mirrored(code, which: Tensor):
     return code.replace(pose=pose, cam=torch.where(which[:, None], cam, code.cam))
 
 
-def vector_length(head, config: RelightConfig | None = None) -> int:
-    """Length of the vector condition with the pack's identity encoder."""
+def vector_length(head, table: Table) -> int:
+    """Length of the vector condition: see `conditions.vector`."""
     s = head.sizes
-    return s.shape + s.pose + s.exp + 3 + checkpoints.load_identity().config.embed_dim + 1
+    return s.shape + s.pose + s.exp + 3 + table.columns["embed"].shape[1] + 1
