@@ -164,17 +164,20 @@ def training_loss(
     p2_gamma: float = 0.0,
     p2_k: float = 1.0,
     schedule: Schedule | None = None,
+    boost: float = 1.0,
 ) -> Tensor:
     """Weighted mean squared error of the predicted noise, one number a sample: [B].
 
     x_0, noise [B,3,H,W], t [B] int64 levels of `schedule` (linear 1000 unless given);
-    denoiser(x_t, timestep [B] float, condition) -> eps.
+    denoiser(x_t, timestep [B] float, condition) -> eps. boost: weight of the noisy levels, where light is
+    decided, min(1 / alpha_bar, boost): up to there the loss of v-prediction (Salimans and Ho 2022); 1: none.
     """
     schedule = schedule or linear_schedule()
     x_t = q_sample(x_0, t, noise, schedule)
     eps = denoiser(x_t, schedule.timesteps.to(t.device)[t].to(x_0.dtype), condition)
     mse = (noise - eps.to(noise.dtype)).square().flatten(1).mean(1)
-    return mse * at(p2_weight(schedule, p2_gamma, p2_k), t, mse)
+    weight = p2_weight(schedule, p2_gamma, p2_k) * (1 / schedule.alpha_bar).clamp(max=boost)
+    return mse * at(weight, t, mse)
 
 
 def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:

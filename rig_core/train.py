@@ -33,7 +33,8 @@ STATE = "state.safetensors"
 class Config:
     """What a run is. Steps count batches of one process; time limits are per start of the program.
 
-    ema: decay, reached gradually as (1 + n) / (10 + n). p2_gamma 0 is the plain loss. precision: "bf16"
+    ema: decay, reached gradually as (1 + n) / (10 + n). p2_gamma 0 and boost 1 are the plain
+    loss (see diffusion.training_loss). precision: "bf16"
     or "fp16" autocast, or "fp32". trainable: only parameters whose names begin so (stage 2:
     "denoisingUNet."). minutes 0: no time limit. noise_std: of the noise mixed in and predicted; 0.5 trains
     the coarse half of a network of twice the size (see training/grow.py).
@@ -46,6 +47,7 @@ class Config:
     ema: float = 0.9995
     p2_gamma: float = 1.0
     p2_k: float = 1.0
+    boost: float = 1.0
     precision: str = "bf16"
     trainable: str = ""
     noise_std: float = 1.0
@@ -66,7 +68,7 @@ class Loss(nn.Module):
     def forward(self, x_0: Tensor, t: Tensor, noise: Tensor, inputs: tuple) -> Tensor:
         c = self.config
         condition = self.model.condition(*inputs)
-        return training_loss(self.model, x_0, t, noise, condition, c.p2_gamma, c.p2_k, self.schedule)
+        return training_loss(self.model, x_0, t, noise, condition, c.p2_gamma, c.p2_k, self.schedule, c.boost)
 
 
 @dataclass

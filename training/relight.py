@@ -86,6 +86,9 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--rig", help="start from the denoiser of this DiffusionRig run or file, of the same size")
     p.add_argument("--grow", help="start from this run of half the size, trained with --noise-std 0.5")
     p.add_argument("--noise-std", type=float, default=1.0, help="0.5 for a run that will be grown")
+    p.add_argument(
+        "--boost", type=float, default=1.0, help="loss weight of noisy levels, at most; 1: plain loss"
+    )
     p.add_argument("--cast", type=float, default=0.5, help="share of references with the cast-shadow map")
     p.add_argument("--batch", type=int, default=16, help="per process")
     p.add_argument("--steps", type=int, default=100_000)
@@ -123,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     rank, world = train.ranks()
     out = Path(a.out)
     config = train.Config(
-        steps=a.steps, lr=a.lr, warmup=a.warmup, ema=a.ema, p2_gamma=0.0, seed=a.seed,
+        steps=a.steps, lr=a.lr, warmup=a.warmup, ema=a.ema, p2_gamma=0.0, boost=a.boost, seed=a.seed,
         noise_std=a.noise_std, minutes=a.minutes,
         precision=a.precision or ("bf16" if device.type == "cuda" else "fp32"),
         log_every=a.log_every, save_minutes=a.save_minutes, sample_every=a.sample_every,
