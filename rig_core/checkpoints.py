@@ -93,11 +93,13 @@ def load_relight(
     if "kind" in meta or "input_blocks.1.1.cond_proj_layers.0.weight" not in tensors:
         _require(path, "a DiFaReli denoiser", meta, "difareli", tensors, advice)
     else:
+        if not modulator and "ImgCond" not in path.name:
+            raise CheckpointError(f"{path}: its Modulator is not known by the name: name its ImgEncoder_*.pt")
         second = Path(modulator or path.with_name(path.name.replace("ImgCond", "ImgEncoder")))
-        if second == path or not second.exists():
+        if not second.exists():
             raise CheckpointError(
-                f"{path}: its Modulator is missing: put {second.name.replace('ImgCond', 'ImgEncoder')} "
-                "of the same training step beside it, or name it"
+                f"{path}: its Modulator {second} is missing: put the ImgEncoder_*.pt of the same step "
+                "there, or name it"
             )
         encoder, _ = read(second)
         if "input_blocks.1.0.in_layers.0.weight" not in encoder or "time_embed.0.weight" in encoder:

@@ -1,4 +1,4 @@
-"""The recorded tensors in tests/golden and the small DiffusionRig that they were recorded with."""
+"""The recorded tensors in tests/golden and the small networks that they were recorded with."""
 
 import json
 import math
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from rig_core.denoisers.relight import DiFaReli, RelightConfig, both
 from rig_core.denoisers.rig import DiffusionRig, RigConfig
 
 FOLDER = Path(__file__).parent / "golden"
@@ -39,3 +40,33 @@ def small_rig(dropout=0.0):
                 state[k] = 1 + 0.1 * r if k.endswith("weight") else 0.05 * r
     model.load_state_dict(state)
     return model.eval()
+
+
+def relight_keys(name):
+    """Keys and shapes of the published models: "difareli_64", _128, _256 or "small"; (U-Net, Modulator)."""
+    stem = "case_difareli_{}_small_32" if name == "small" else name + "_{}"
+    table = json.loads((FOLDER / "difareli_keys.json").read_text())
+    return table[stem.format("unet")], table[stem.format("modulator")]
+
+
+def recipe(shapes, seed):
+    """Weights without statistics: one generator over the sorted keys."""
+    g, out = torch.Generator().manual_seed(seed), {}
+    for k in sorted(shapes):
+        r = torch.randn(shapes[k], generator=g)
+        scaled = r / math.sqrt(math.prod(shapes[k][1:]))
+        out[k] = scaled if len(shapes[k]) >= 2 else 1 + 0.1 * r if k.endswith("weight") else 0.05 * r
+    return out
+
+
+def relight_pair(name="small", seed=3003):
+    """State dicts of the U-Net and the Modulator of the files difareli_*."""
+    unet, modulator = relight_keys(name)
+    return recipe(unet, seed), recipe(modulator, seed + 500)
+
+
+def small_relight():
+    """The 32 px model of the files difareli_*."""
+    model = DiFaReli(RelightConfig(32, 32, (1, 2, 2), 1, (16, 8), cond_dim=672, proj_dim=32))
+    model.load_state_dict(both(*relight_pair()))
+    return model.eval().requires_grad_(False)
