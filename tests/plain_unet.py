@@ -2,7 +2,7 @@
 
 Every operation as the papers write it: pictures joined at each step, one linear per block, condition and
 step, normalisation and modulations one after the other, attention by einsum, NCHW. It is the independent
-check of rig_core.denoisers.rig and the yardstick of the benchmark.
+check of rig_core.denoisers.rig and the yardstick of the benchmark; tests/plain_relight.py is DiFaReli's.
 """
 
 import math
@@ -13,16 +13,10 @@ import torch.nn.functional as F
 
 def plain_forward(model, x, t, physical, code):
     """eps [B,3,H,W] of a DiffusionRig's weights: x [B,3,H,W], t [B], physical [B,9,H,W], code [B,latent]."""
-    state = dict(model.named_parameters())
-    w = {k.removeprefix("denoisingUNet."): v for k, v in state.items() if k.startswith("denoisingUNet.")}
+    w = below(model, "denoisingUNet.")
     config = model.config
 
-    half = w["time_embed.0.weight"].shape[1] // 2
-    freq = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=x.device) / half)
-    args = t[:, None].float() * freq[None]
-    emb = torch.cat([torch.cos(args), torch.sin(args)], dim=-1).to(x.dtype)
-    emb = linear(w, "time_embed.2", F.silu(linear(w, "time_embed.0", emb)))
-
+    emb = embed_time(w, t, x.dtype)
     h = torch.cat([x, physical], dim=1)
     hs = []
     downs = [m for m in range(1, count(w, "input_blocks")) if is_down(config, m)]
@@ -35,6 +29,18 @@ def plain_forward(model, x, t, physical, code):
         h = torch.cat([h, hs.pop()], dim=1)
         h = run(w, f"output_blocks.{i}", h, emb, code, config, "up")
     return conv(w, "out.2", F.silu(norm(w, "out.0", h, config)))
+
+
+def embed_time(w, t, dtype):
+    half = w["time_embed.0.weight"].shape[1] // 2
+    freq = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    args = t[:, None].float() * freq[None]
+    emb = torch.cat([torch.cos(args), torch.sin(args)], dim=-1).to(dtype)
+    return linear(w, "time_embed.2", F.silu(linear(w, "time_embed.0", emb)))
+
+
+def below(model, prefix):
+    return {k.removeprefix(prefix): v for k, v in model.named_parameters() if k.startswith(prefix)}
 
 
 def count(w, name):
@@ -53,6 +59,10 @@ def run(w, name, h, emb, code, config, resample):
         key = f"{name}.{j}"
         if f"{key}.qkv.weight" in w:
             h = attention(w, key, h, config)
+        elif f"{key}.op.weight" in w:
+            h = conv(w, f"{key}.op", h, stride=2)
+        elif f"{key}.conv.weight" in w:
+            h = conv(w, f"{key}.conv", F.interpolate(h, scale_factor=2, mode="nearest"))
         elif resample == "up":
             h = resblock(w, key, h, emb, code, config, "up" if j > 0 else None)
         else:
@@ -61,6 +71,7 @@ def run(w, name, h, emb, code, config, resample):
 
 
 def resblock(w, name, x, emb, code, config, resample):
+    """code: DiffusionRig's global code scales and shifts after the timestep, DiFaReli's vector gates."""
     h = F.silu(norm(w, f"{name}.in_layers.0", x, config))
     if resample == "up":
         h, x = (F.interpolate(v, scale_factor=2, mode="nearest") for v in (h, x))
@@ -69,8 +80,15 @@ def resblock(w, name, x, emb, code, config, resample):
     h = conv(w, f"{name}.in_layers.2", h)
     h = norm(w, f"{name}.out_layers.0", h, config)
     for layer, c in (("emb_layers", emb), ("cond_emb_layers", code)):
+        if f"{name}.{layer}.1.weight" not in w:
+            continue
         scale, shift = linear(w, f"{name}.{layer}.1", F.silu(c))[:, :, None, None].chunk(2, dim=1)
         h = h * (1 + scale) + shift
+    if f"{name}.cond_proj_layers.0.weight" in w:
+        gate = code
+        for j in (0, 2, 4):
+            gate = F.silu(linear(w, f"{name}.cond_proj_layers.{j}", gate))
+        h = h * gate[:, :, None, None]
     h = conv(w, f"{name}.out_layers.3", F.silu(h))
     if f"{name}.skip_connection.weight" in w:
         x = conv(w, f"{name}.skip_connection", x)
@@ -98,9 +116,9 @@ def norm(w, name, h, config):
     return F.group_norm(h.float(), config.norm_groups, weight, bias).to(h.dtype)
 
 
-def conv(w, name, h):
+def conv(w, name, h, stride=1):
     weight = w[f"{name}.weight"]
-    return F.conv2d(h, weight, w[f"{name}.bias"], padding=weight.shape[-1] // 2)
+    return F.conv2d(h, weight, w[f"{name}.bias"], stride, weight.shape[-1] // 2)
 
 
 def linear(w, name, h):
