@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import gain
 from .face import Batch
+from .gain import to_display, to_linear  # noqa: F401
 
 
 def check_image(image: Tensor) -> Tensor:
@@ -52,20 +54,6 @@ def check_image(image: Tensor) -> Tensor:
             f"picture values run from {low:.3g} to {high:.3g}, want 0..1 (divide 8-bit values by 255)"
         )
     return image.clamp(0, 1).expand(b, 3, h, w)
-
-
-def to_linear(image: Tensor) -> Tensor:
-    """sRGB display values 0..1 -> linear light 0..1 (IEC 61966-2-1)."""
-    image = image.clamp_min(0)
-    return torch.where(image <= 0.04045, image / 12.92, ((image + 0.055) / 1.055).clamp_min(0.04) ** 2.4)
-
-
-def to_display(image: Tensor) -> Tensor:
-    """Linear light 0..1 -> sRGB display values 0..1."""
-    image = image.clamp_min(0)
-    return torch.where(
-        image <= 0.0031308, image * 12.92, 1.055 * image.clamp_min(0.0031308) ** (1 / 2.4) - 0.055
-    )
 
 
 def _affine(matrix: Tensor, points: Tensor) -> Tensor:
@@ -309,20 +297,20 @@ def _region(crop: Crop, size: tuple[int, int]) -> tuple[int, int, int, int]:
     return max(y0, 0), min(y1, size[0]), max(x0, 0), min(x1, size[1])
 
 
-_BLACK = 0.01  # linear light added before a ratio: two near-black pixels have a ratio near 1
+_FINEST = 2048  # side of the largest gain field: the photo is at most some 3 times finer, memory bounded
 
 
-def _change(edited: Tensor, original: Tensor, mode: str) -> Tensor:
-    """What paste_back carries, [B,3,s,s]: stops of linear light, a difference, or the edit itself."""
-    if mode == "ratio":
-        return ((to_linear(edited) + _BLACK) / (to_linear(original) + _BLACK)).log2()
-    return edited - original if mode == "difference" else edited
-
-
-def _carry(photo: Tensor, change: Tensor, mode: str) -> Tensor:
-    if mode == "ratio":
-        return to_display((to_linear(photo) + _BLACK) * change.exp2() - _BLACK)
-    return photo + change if mode == "difference" else change
+def _gain(photo: Tensor, edited: Tensor, original: Tensor, crop: Crop) -> tuple[Crop, Tensor]:
+    """The edit's gain, enlarged along the photo's edges to nearly its resolution, and where it lies."""
+    found = gain.stops(edited, original)
+    size = crop.size * float(torch.linalg.det(crop.matrix[:, :2, :2].cpu()).abs().min()) ** -0.5
+    fine = crop.resized(crop.size * 2 ** max(0, int(math.log2(min(size, _FINEST) / crop.size))))
+    fine = fine.replace(kernel="bilinear")
+    parts = [
+        gain.enlarge(g[None], c.apply(p[None]).clamp(0, 1))
+        for g, c, p in zip(found, (fine[i : i + 1] for i in range(len(fine))), photo)
+    ]
+    return fine, torch.cat(parts)
 
 
 def paste_back(
@@ -361,14 +349,23 @@ def paste_back(
     weight = soft_mask(mask, crop, soft).to(photo.device).expand(len(photo), 1, -1, -1)
     differs = (edited != original).any(1, keepdim=True).to(edited)
     plain, maps = crop._finer(torch.cat([weight, differs], 1), "bilinear")
-    maps = torch.cat([maps, crop._finer(_change(edited, original, mode))[1]], 1)
+    if mode == "ratio":
+        fine, change = _gain(photo, edited, original, crop)
+    else:
+        fine, change = crop._finer(edited - original if mode == "difference" else edited)
     out = photo.clone()
     rows = max(1, 2**18 // (x1 - x0))  # strips stay in the cache, and a large photo's memory bounded
     for y in range(y0, y1, rows):
         part = out[:, :, y : min(y + rows, y1), x0:x1]
         shift = torch.tensor([[1, 0, x0], [0, 1, y], [0, 0, 1]]).to(crop.matrix)
-        sampled = plain.replace(matrix=plain.matrix @ shift)._back(maps, part.shape[2:])
-        w, differs, change = sampled.split([1, 1, 3], 1)
-        blend = torch.lerp(part, _carry(part, change, mode).clamp(0, 1), w)
-        part.copy_(torch.where((differs > 0) & (w > 0), blend, part))
+        inside, found = (
+            c.replace(matrix=c.matrix @ shift)._back(x, part.shape[2:])
+            for c, x in ((plain, maps), (fine, change))
+        )
+        w = inside[:, :1] * inside[:, 1:]
+        if mode == "ratio":
+            found = gain.light(part, found)
+        elif mode == "difference":
+            found = part + found
+        part.copy_(torch.where(w > 0, torch.lerp(part, found.clamp(0, 1), w), part))
     return out
