@@ -5,7 +5,7 @@ import torch
 
 from rig_core import samplers as s
 from rig_core.diffusion import linear_schedule, respace
-from tests.golden_files import golden, small_rig
+from tests.golden_files import golden, small_relight, small_rig
 
 LINEAR = linear_schedule()
 
@@ -91,6 +91,65 @@ def test_ddpm_as_recorded(monkeypatch):
     found = s.sample(model, t["noise"], condition, respace(LINEAR, "10"), solver="ddpm")
     assert (found - t["sample"]).abs().max() < 2e-4
     assert len(list(noises)) == 1  # the last step draws none
+
+
+@pytest.fixture(scope="module")
+def relight():
+    return small_relight()
+
+
+def test_difareli_steps_with_its_network_as_recorded(relight):
+    t, _ = golden("difareli_network_steps")
+    condition = relight.condition(t["cond_img"], t["cond_params"])
+    schedule = respace(LINEAR, "ddim20")
+    for reverse, key in ((False, "ddim_next"), (True, "ddim_reverse_next")):
+        steps = s.plan(schedule, "ddim", reverse=reverse)
+        for k, i in enumerate(t["index"].tolist()):
+            p = steps[i if reverse else len(schedule) - 1 - i]
+            seen, x = [], t["x_t"][k : k + 1].double()
+            found = s._run(relight, x, condition, [p], "ddim", True, None, seen.append, None)
+            torch.testing.assert_close(found[0].float(), t[key][k], rtol=0, atol=2e-5)
+            # at the noisiest levels x_0 is the network's rounding many times over
+            torch.testing.assert_close(seen[0]["x_0"][0].float(), t["pred_xstart"][k], rtol=0, atol=3e-3)
+            assert (seen[0]["x_0"][0] - t["pred_xstart"][k]).abs().mean() < 5e-6
+
+
+@pytest.mark.parametrize("spec", ["ddim10", pytest.param("20", marks=pytest.mark.slow)])
+def test_difareli_relight_as_recorded(relight, spec):
+    """Inversion with its means, the pass that matches them, and the relit frames, step for step in float64.
+
+    The limits are ten times what two runs of the published code with other convolutions differ by.
+    """
+    t, _ = golden(f"difareli_relight_{spec}")
+    condition = relight.condition(t["cond_img"], t["cond_params"])
+    schedule, image = respace(LINEAR, spec), t["image"].double()
+    n, path = len(schedule), []
+
+    def record(info):
+        path.append(info["x"].clone())
+
+    x_T, shifts = s.invert_matched(relight, image, condition[0], schedule, callback=record)
+    assert len(path) == 2 * n and shifts.shape == (n, 1, 3)
+
+    def near(found, wanted, most, mean):
+        error = (found - wanted).abs()
+        assert error.max() < most and error.mean() < mean
+
+    near(x_T, t["noise_map"], 1e-4, 1e-5)
+    means = torch.cat([image.mean((2, 3)), *(x.mean((2, 3)) for x in path[:n])])
+    near(means, t["rev_mean_inversion"], 3e-6, 1e-6)
+    if "rev_traj" in t:
+        near(torch.cat(path[:n]), t["rev_traj"], 1e-4, 1e-5)
+    near(shifts.flip(0)[:, 0], t["rev_mean_corrected"][:n], 1e-5, 3e-6)
+    near(path[-1], t["recon_mean_matched"], 3e-3, 3e-4)  # the second pass is that reconstruction
+    inversion = s.Inversion(x_T, shifts, spec, "ddim")
+    again = s.sample(relight, x_T, condition[0], schedule, correct=inversion.shift)
+    torch.testing.assert_close(again, path[-1], rtol=0, atol=1e-12)
+    near(s.sample(relight, x_T, condition[0], schedule), t["recon_plain"], 3e-3, 3e-4)
+    frames = x_T.expand(3, -1, -1, -1)
+    near(s.sample(relight, frames, condition, schedule, correct=inversion.shift), t["relit"], 3e-3, 2e-4)
+    plain = s.sample(relight, x_T, condition[2], schedule)
+    near(plain, t["relit_last_no_mean_matching"], 3e-3, 2e-4)
 
 
 # ------------------------------------------------------------------------------------------- exact answers
@@ -230,6 +289,35 @@ def test_correction_comes_after_every_step(faces):
     found = s.sample(denoiser, x_T, None, respace(LINEAR, "ddim5"), correct=correct)
     assert done == [0, 1, 2, 3, 4]
     torch.testing.assert_close(found, plain + 3)  # the clip is over by then
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ab2", "heun"])
+def test_matched_means_are_those_of_the_way_to_noise(faces, solver):
+    denoiser, x_0, _ = faces
+    schedule, seen = respace(LINEAR, "quad15"), []
+    x_T, shifts = s.invert_matched(denoiser, x_0, None, schedule, solver, callback=seen.append)
+    assert torch.equal(x_T, s.invert(denoiser, x_0, None, schedule, solver))
+    assert [c["i"] for c in seen] == list(range(30)) and {c["n"] for c in seen} == {30}
+    means = [x_0.mean((2, 3)), *(c["x"].mean((2, 3)) for c in seen[:14])]
+    for c, mean in zip(seen[15:], means[::-1]):
+        torch.testing.assert_close(c["x"].mean((2, 3)), mean, rtol=0, atol=1e-12)
+    inversion = s.Inversion(x_T, shifts, "quad15", solver)
+    moved = s.sample(denoiser, x_T, None, schedule, solver, correct=inversion.shift)
+    torch.testing.assert_close(moved, seen[-1]["x"], rtol=0, atol=1e-12)
+    plain = s.sample(denoiser, x_T, None, schedule, solver)
+    assert (plain - x_0).mean((2, 3)).abs().max() > (moved - x_0).mean((2, 3)).abs().max()
+    assert (moved - x_0).mean((2, 3)).abs().max() < 1e-12
+
+
+def test_inversion_without_matching_shifts_nothing(faces):
+    x_T = faces[2]
+    assert s.Inversion(x_T, None, "20", "ddim").shift(3, x_T) is x_T
+    shifts = torch.arange(6.0, dtype=torch.float64).reshape(2, 1, 3)
+    moved = s.Inversion(x_T[:1], shifts, "2", "ddim").shift(1, x_T.float())  # one photo, many lights
+    torch.testing.assert_close(
+        moved - x_T.float(), torch.tensor([3.0, 4, 5])[:, None, None].expand(4, 3, 8, 8)
+    )
+    assert moved.dtype == torch.float32
 
 
 def test_noise_follows_the_generator(faces):
