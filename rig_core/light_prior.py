@@ -148,3 +148,18 @@ def edit(
     grey = sh.luminance(target)[:, :1, None]
     contrast = target / grey * sh.luminance(base)[:, :1, None]
     return _bounded(base, torch.cat([torch.zeros_like(base[:, :1]), contrast[:, 1:]], 1), std, z_max, 0.03)
+
+
+def orbit(light: Tensor, n: int, start=-180.0, arc=360.0, elevation=15.0, **lamp) -> Tensor:
+    """n lights [n,9,3] of a lamp that goes around the head, for the photo's light [1,9,3].
+
+    start, arc in degrees of azimuth as in from_angles; arc > 0 moves from the camera to the right of the picture.
+    A full circle (360) ends one step before its start, so that the sequence can be repeated; a shorter arc
+    reaches its end. Raises ValueError for more than one face.
+    lamp: intensity, ambient, colour, softness, mean, std, raw of `edit`.
+    """
+    if n < 1 or len(light) != 1:
+        raise ValueError(f"an orbit is of at least one light around one face, got {n} around {len(light)}")
+    steps = n if abs(arc) == 360 else max(n - 1, 1)
+    azimuth = start + arc * torch.arange(n, dtype=light.dtype, device=light.device) / steps
+    return edit(light.expand(n, -1, -1), azimuth, elevation, **lamp)

@@ -151,10 +151,12 @@ def paint(
     return Edit(painted[1:], painted[:1], grid, near(rendered.mask[:1]))
 
 
-def near(mask: Tensor) -> Tensor:
-    """Where an edit of the head in mask [1,1,s,s] may show: there and a little around it."""
-    r = round(NEAR * mask.shape[-1])
-    return F.max_pool2d(mask, 2 * r + 1, 1, r)
+def near(mask: Tensor, reach: float = NEAR) -> Tensor:
+    """Where an edit of the head in mask [N,1,s,s] may show: there and `reach` of the width around it."""
+    r = round(reach * mask.shape[-1])
+    for sides in ((r, 0), (0, r)):  # one axis after the other is the same square, and quick
+        mask = F.max_pool2d(mask, [2 * v + 1 for v in sides], 1, sides)
+    return mask
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,32 @@ def check_size(model, portrait: Portrait, subject: Subject) -> int:
     return size
 
 
+def relight_inputs(
+    model,
+    head,
+    portrait: Portrait,
+    subject: Subject,
+    light: Tensor,
+    shadow: Tensor | None = None,
+    cast: bool = True,
+    cast_by: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What `DiFaReli.condition` takes: spatial [N,6,s,s] and vector [M,D]; arguments as `relight_condition`.
+
+    Of the model only its config is asked, so that it need not be loaded for it.
+    """
+    sh.check_light(light)
+    code, size = portrait.code, check_size(model, portrait, subject)
+    drawn = conditions.draw(head, code, conditions.drawing_size(head, size))
+    visible = None
+    if cast:
+        shades = light if cast_by is None else cast_by
+        visible = torch.cat([conditions.visibility(head, code, light=v[None], drawn=drawn) for v in shades])
+    reference = conditions.fit(conditions.reference(drawn.normal, drawn.mask, light, visible), size)
+    vector = conditions.vector(code, subject.embed, subject.shadow if shadow is None else shadow)
+    return conditions.spatial(reference, subject.background), vector
+
+
 def relight_condition(
     model,
     head,
@@ -225,16 +253,7 @@ def relight_condition(
     in their place. Raises ValueError for a light that is
     not finite and for a portrait of another size than the denoiser's.
     """
-    sh.check_light(light)
-    code, size = portrait.code, check_size(model, portrait, subject)
-    drawn = conditions.draw(head, code, conditions.drawing_size(head, size))
-    visible = None
-    if cast:
-        shades = light if cast_by is None else cast_by
-        visible = torch.cat([conditions.visibility(head, code, light=v[None], drawn=drawn) for v in shades])
-    reference = conditions.fit(conditions.reference(drawn.normal, drawn.mask, light, visible), size)
-    vector = conditions.vector(code, subject.embed, subject.shadow if shadow is None else shadow)
-    return model.condition(conditions.spatial(reference, subject.background), vector)
+    return model.condition(*relight_inputs(model, head, portrait, subject, light, shadow, cast, cast_by))
 
 
 def to_noise(
