@@ -199,7 +199,8 @@ def _check(solver: str, known: tuple[str, ...], x: Tensor) -> None:
 
 def _run(denoiser, x, condition, steps, solver, clip, generator, callback, correct) -> Tensor:
     n, batch = len(steps), x.shape[0]
-    times = torch.tensor([p.t for p in steps], dtype=torch.float32).to(x.device)[:, None].expand(n, batch)
+    levels = [p.t for p in steps] + [steps[-1].t_next]  # the last is met only by a partial Heun run
+    times = torch.tensor(levels, dtype=torch.float32).to(x.device)[:, None].expand(n + 1, batch)
     before = None
     for i, p in enumerate(steps):
         x_0, eps = predict(denoiser(x, times[i], condition), x, p.recip, p.s, clip)
