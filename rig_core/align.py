@@ -297,7 +297,7 @@ def _region(crop: Crop, size: tuple[int, int]) -> tuple[int, int, int, int]:
     return max(y0, 0), min(y1, size[0]), max(x0, 0), min(x1, size[1])
 
 
-_FINEST = 2048  # side of the largest gain field: the photo is at most some 3 times finer, memory bounded
+_FINEST = 2048  # side of the largest gain field, which bounds memory; beyond, it is interpolated
 
 
 def _gain(photo: Tensor, edited: Tensor, original: Tensor, crop: Crop) -> tuple[Crop, Tensor]:
@@ -328,7 +328,7 @@ def paste_back(
     mask     [B,1,s,s] where the edit may go (1), None for the whole crop; soft is its edge in crop sides
     original [B,3,s,s] the crop before the edit, crop.apply(photo) when None. Give what the model makes of the
              unedited face to leave its reconstruction error out
-    mode     "ratio": the photo's linear light is multiplied by edited / original (light), sharp at any size;
+    mode     "ratio": the photo's linear light is multiplied by edited / original (see gain), sharp at any size;
              "difference": their difference is added; "replace": the edited crop itself (poses)
     Pixels outside the mask, and wherever edited equals original, come back bit for bit.
     Convention: ratios are taken in linear light, in stops, so that halving and doubling interpolate alike.

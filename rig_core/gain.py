@@ -18,7 +18,7 @@ from torch import Tensor
 STOPS = 3.0  # largest gain either way
 BLACK = 0.004  # linear light added before a ratio: two near-black pixels have a ratio near 1
 ALIKE = 0.06  # distance in display values at which two pixels begin to count as different things
-CALM = 8  # passes over the gain's colour, of 3 x 3 pixels each
+CALM = 1 / 8  # in crop sides, how far the gain's colour is averaged at a step
 
 
 def to_linear(image: Tensor) -> Tensor:
@@ -44,12 +44,15 @@ def stops(edited: Tensor, original: Tensor) -> Tensor:
 def calm(gain: Tensor, guide: Tensor) -> Tensor:
     """The gain with its colour, what differs between the channels, smoothed along the edges of guide.
 
-    Light changes its colour slowly over a face; a denoiser's errors do not.
+    Light changes its colour slowly over a face; a denoiser's errors do not. The steps widen, as in the
+    edge-avoiding wavelets of Dammertz et al. 2010.
     """
     mean = gain.mean(1, keepdim=True)
     colour = gain - mean
-    for _ in range(CALM):
-        colour = alike_mean(colour, guide, guide)
+    step = 1
+    while step <= max(1, CALM * guide.shape[-1]):
+        colour = alike_mean(colour, guide, guide, step=step)
+        step *= 2
     return mean + colour
 
 
@@ -95,17 +98,19 @@ def double(gain: Tensor, small: Tensor, fine: Tensor) -> Tensor:
     return out
 
 
-def alike_mean(gain: Tensor, small: Tensor, here: Tensor, y: float = 0.0, x: float = 0.0) -> Tensor:
+def alike_mean(
+    gain: Tensor, small: Tensor, here: Tensor, y: float = 0.0, x: float = 0.0, step: int = 1
+) -> Tensor:
     """Mean gain of the 3 x 3 neighbours, weighted by nearness and by likeness of small to here [B,3,h,w].
 
-    y, x: where `here` lies, in pixels from the middle one's centre.
+    y, x: where `here` lies, in pixels from the middle one's centre. step: pixels from neighbour to neighbour.
     """
     h, w = gain.shape[2:]
-    near = F.pad(torch.cat([gain, small], 1), (1, 1, 1, 1), mode="replicate")
+    near = F.pad(torch.cat([gain, small], 1), (step,) * 4, mode="replicate")
     total, weights = torch.zeros_like(gain), gain.new_zeros(len(gain), 1, h, w)
     for tap in range(9):
         i, j = divmod(tap, 3)
-        there = near[:, :, i : i + h, j : j + w]
+        there = near[:, :, step * i : step * i + h, step * j : step * j + w]
         apart = (there[:, -3:] - here).square_().sum(1, keepdim=True)
         tent = (2 - abs(i - 1 - y)) * (2 - abs(j - 1 - x))
         # never quite nothing, so that it is a mean where nothing is alike
