@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rig_core import align, checkpoints
 from rig_core.estimators import landmark_fit
-from training.evaluate import table
+from training.measures import table
 from training.prepare import stored_landmarks
 
 SIZE = 256  # px

@@ -17,7 +17,7 @@ from rig_core import buffers, checkpoints, matte
 from rig_core.data import Dataset
 from rig_core.estimators import landmark_fit
 from training import synth
-from training.evaluate import table
+from training.measures import table
 
 FIRST_SEED = 910_000  # of synthetic persons that no training has seen
 SIZE = 128  # px

@@ -29,7 +29,7 @@ class Tools:
     """The networks and the head that the methods take: DiffusionRig, DiFaReli and its two estimators."""
 
     head: object
-    rig: torch.nn.Module
+    rig: torch.nn.Module | None
     relight: torch.nn.Module
     recognise: torch.nn.Module
     judge: torch.nn.Module
