@@ -328,8 +328,8 @@ def paste_back(
     mask     [B,1,s,s] where the edit may go (1), None for the whole crop; soft is its edge in crop sides
     original [B,3,s,s] the crop before the edit, crop.apply(photo) when None. Give what the model makes of the
              unedited face to leave its reconstruction error out
-    mode     "ratio": the photo's linear light is multiplied by edited / original (see gain), sharp at any size;
-             "difference": their difference is added; "replace": the edited crop itself (poses)
+    mode     "ratio": the photo's linear light is multiplied by edited / original (see gain), sharp at any
+             size; "difference": their difference is added; "replace": the edited crop itself (poses)
     Pixels outside the mask, and wherever edited equals original, come back bit for bit.
     Convention: ratios are taken in linear light, in stops, so that halving and doubling interpolate alike.
     """

@@ -18,7 +18,7 @@ from torch import Tensor
 STOPS = 3.0  # largest gain either way
 BLACK = 0.004  # linear light added before a ratio: two near-black pixels have a ratio near 1
 ALIKE = 0.06  # distance in display values at which two pixels begin to count as different things
-CALM = 1 / 8  # in crop sides, how far the gain's colour is averaged at a step
+CALM = 1 / 32  # in crop sides, how far the gain's colour is averaged at a step
 
 
 def to_linear(image: Tensor) -> Tensor:
@@ -47,13 +47,15 @@ def calm(gain: Tensor, guide: Tensor) -> Tensor:
     Light changes its colour slowly over a face; a denoiser's errors do not. The steps widen, as in the
     edge-avoiding wavelets of Dammertz et al. 2010.
     """
-    mean = gain.mean(1, keepdim=True)
-    colour = gain - mean
-    step = 1
+    # BLACK damps the gain of dark pixels and channels: smoothed are what is left of it, and the gain over it
+    kept = to_linear(guide)
+    kept = (kept / (kept + BLACK)).clamp_min(0.05)
+    common = gain.sum(1, keepdim=True) / kept.sum(1, keepdim=True) * kept
+    both, step = torch.cat([gain - common, kept], 1), 1
     while step <= max(1, CALM * guide.shape[-1]):
-        colour = alike_mean(colour, guide, guide, step=step)
+        both = alike_mean(both, guide, guide, step=step)
         step *= 2
-    return mean + colour
+    return common + both[:, :3] / both[:, 3:] * kept
 
 
 def light(photo: Tensor, gain: Tensor) -> Tensor:
