@@ -114,9 +114,9 @@ def from_rig(model: DiFaReli, state: dict[str, Tensor]) -> DiFaReli:
     """Give a fresh DiFaReli what a DiffusionRig of the same channels has learned of denoising.
 
     The residual blocks that resample there become plain means and repetitions; of the input convolution the
-    part over the noisy picture stays; the global code is left out.
+    part over the noisy picture stays; the global code is left out. ValueError when the channels differ.
     """
-    own = model.state_dict()
+    own, taken = model.state_dict(), 0
     for key, value in state.items():
         m = re.match(r"denoisingUNet\.(\w+)\.(?:(\d+)\.)?(\d+)\.(.*)", key)
         if not m or "cond_emb_layers" in key:
@@ -128,7 +128,9 @@ def from_rig(model: DiFaReli, state: dict[str, Tensor]) -> DiFaReli:
         if key == "denoisingUNet.input_blocks.0.0.weight":
             value = value[:, :3]
         if name in own and own[name].shape == value.shape:
-            own[name] = value
+            own[name], taken = value, taken + 1
+    if 2 * taken < sum(k.startswith("denoisingUNet.") for k in state):
+        raise ValueError(f"only {taken} tensors of the DiffusionRig fit: take one of its preset and size")
     model.load_state_dict(own)
     for m in model.ImgCond.modules():
         if isinstance(m, Downsample):
