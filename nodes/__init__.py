@@ -2,19 +2,30 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import buffers, diffusion, estimate, host, light, loaders, rig
+from . import buffers, diffusion, estimate, host, light, loaders, relight, rig
 
 NODES = [
     loaders.LoadFaceModel,
     loaders.LoadDiffusionRig,
+    loaders.LoadDiFaReli,
+    loaders.LoadIdentityEncoder,
+    loaders.LoadShadowEstimator,
+    loaders.LoadFaceParser,
     estimate.AlignFace,
     estimate.FitToLandmarks,
+    relight.ArcFaceEmbed,
+    relight.ShadowScalar,
+    relight.FaceParse,
     estimate.PasteBack,
     light.SHLightEdit,
+    light.LightFromPhoto,
+    light.LightOrbit,
+    light.MixLights,
     rig.EditFace,
     rig.MovePhoto,
     buffers.RenderBuffers,
     diffusion.DiffusionRigCondition,
+    relight.DiFaReliCondition,
     diffusion.DDIMInvert,
     diffusion.ConditionedSample,
 ]

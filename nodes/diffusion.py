@@ -4,21 +4,31 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..rig_core import diffusion, pipeline, samplers
+from ..rig_core.denoisers.rig import DiffusionRig
 from . import host, sockets
+
+FAST, BALANCED, OFFICIAL = "fast (20+20)", "balanced (quad49 ab2)", "official 1000"
+PRESETS = {
+    FAST: ("quad20", "ab2"),
+    BALANCED: (pipeline.RELIGHT_STEPS, pipeline.RELIGHT_SOLVER),
+    OFFICIAL: ("1000", "ddim"),
+}
+CUSTOM, AS_INVERTED = "custom", "as inverted"
 
 STEPS = io.Int.Input(
     "steps",
     default=20,
     min=1,
     max=1000,
-    tooltip="Steps of the sampler. 20 is good; ab2 wants at least 15; inversion gains up to 50.",
+    tooltip="For custom: steps of the sampler. 20 is good; ab2 wants at least 15; inversion gains up to 50.",
 )
 SPACING = io.Combo.Input(
     "spacing",
     options=["quad", "even"],
     default="quad",
     tooltip=(
-        "Where the steps lie: quad puts most of them near the picture (best for ab2 and heun), even "
+        "For custom. Where the steps lie: quad puts most of them near the picture (best for ab2 and heun), "
+        "even "
         "spreads them."
     ),
 )
@@ -40,11 +50,24 @@ def _random(seed, n, height, width):
     return noise.to(host.device())
 
 
-def _schedule(steps, spacing):
-    prefix = {"quad": "quad", "even": ""}.get(spacing)
-    if prefix is None:
+def _how(preset, steps, solver, spacing) -> tuple[str, str]:
+    """Timestep spacing (see diffusion.respace) and solver of a preset, or of the widgets."""
+    if preset in PRESETS:
+        return PRESETS[preset]
+    if preset not in (CUSTOM, AS_INVERTED):
+        raise ValueError(f"'preset' is one of {', '.join(PRESETS)} or {CUSTOM}, not '{preset}'")
+    if spacing not in ("quad", "even"):
         raise ValueError(f"'spacing' is quad or even, not '{spacing}'")
-    return diffusion.respace(diffusion.linear_schedule(), f"{prefix}{steps}")
+    return f"{'quad' if spacing == 'quad' else ''}{steps}", solver
+
+
+def _schedule(spec: str):
+    return diffusion.respace(diffusion.linear_schedule(), spec)
+
+
+def _rows(shifts, rows: slice):
+    """Of mean matching's shifts [N,B,3] those of some pictures; one serves all."""
+    return shifts if shifts is None or shifts.shape[1] == 1 else shifts[:, rows]
 
 
 class DiffusionRigCondition(io.ComfyNode):
@@ -79,7 +102,8 @@ class DiffusionRigCondition(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, image, buffers):
-        rig = host.loaded_rig(model)
+        host.denoiser(model, DiffusionRig)
+        rig = host.loaded(model)
         x = host.pictures(image, "image")
         size = rig.config.image_size
         for name, got in ("image", x), ("buffers", buffers.mask):
@@ -92,7 +116,8 @@ class DiffusionRigCondition(io.ComfyNode):
         n = max(len(x), len(buffers))
         x, buffers = host.repeat(x, n, "image"), host.repeat(buffers, n, "buffers")
         physical = buffers.stack().to(x.device)
-        return io.NodeOutput(host.conditioning(rig.condition(physical, x * 2 - 1)))
+        c = rig.condition(physical, x * 2 - 1)
+        return io.NodeOutput(sockets.conditioning(DiffusionRig, c.physical, c.code, c.gain, c.offset))
 
 
 class DDIMInvert(io.ComfyNode):
@@ -104,11 +129,10 @@ class DDIMInvert(io.ComfyNode):
             category="Face Rig/diffusion",
             description=(
                 "Finds the noise that the sampler turns back into the photo, so that an edit keeps its "
-                "details. "
-                "Use the same steps, solver and spacing at Conditioned Sample."
+                "details. It does not depend on the edit: run once for a photo, it serves every light."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="From Load DiffusionRig."),
+                io.Model.Input("model", tooltip="From Load DiFaReli or Load DiffusionRig."),
                 io.Conditioning.Input("conditioning", tooltip="Of the face under the photo's own light."),
                 io.Image.Input("image", tooltip="The aligned photo, or the moved one from Move Photo."),
                 STEPS,
@@ -117,12 +141,40 @@ class DDIMInvert(io.ComfyNode):
                     options=["ab2", "ddim", "heun"],
                     default="ab2",
                     tooltip=(
-                        "ab2: second order, one evaluation a step. heun: two a step, for under 15 steps. "
-                        "ddim: first order."
+                        "For custom. ab2: second order, one evaluation a step. heun: two a step, for under "
+                        "15 "
+                        "steps. ddim: first order."
                     ),
                 ),
                 SPACING,
                 SEED,
+                io.Combo.Input(
+                    "preset",
+                    options=[*PRESETS, CUSTOM],
+                    default=BALANCED,
+                    tooltip=(
+                        "fast: 20 evaluations. balanced: 49. official: all 1000 steps of ddim with mean "
+                        "matching, "
+                        "as published. custom: steps, solver and spacing as set here."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "match_means",
+                    default=False,
+                    tooltip=(
+                        "Also correct the drift of each channel's mean, for as many evaluations again "
+                        "(always "
+                        "with official): for very dark or bright photos."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "paint_back",
+                    default=True,
+                    tooltip=(
+                        "Also paint the noise back without an edit, for as many evaluations again (free with "
+                        "match_means). Off: 'before' is the photo itself."
+                    ),
+                ),
                 io.Mask.Input(
                     "hidden",
                     optional=True,
@@ -133,30 +185,56 @@ class DDIMInvert(io.ComfyNode):
                 io.Latent.Output(display_name="noise", tooltip="For Conditioned Sample only; not a picture."),
                 io.Image.Output(
                     display_name="before",
-                    tooltip="What the model makes of this noise without an edit: for Paste Back.",
+                    tooltip=(
+                        "What the model makes of this noise without an edit, or the photo: for Paste Back."
+                    ),
                 ),
             ],
         )
 
     @classmethod
-    def execute(cls, model, conditioning, image, steps, solver, spacing, seed, hidden=None):
-        rig, condition = host.loaded_rig(model), host.condition(conditioning)
-        x = host.repeat(host.pictures(image, "image"), len(condition), "image") * 2 - 1
+    def execute(
+        cls, model, conditioning, image, steps, solver, spacing, seed, preset, match_means, paint_back,
+        hidden=None,
+    ):  # fmt: skip
+        net = host.loaded(model)
+        given, (spec, solver) = sockets.condition(conditioning, net), _how(preset, steps, solver, spacing)
+        x = host.repeat(host.pictures(image, "image"), len(given), "image") * 2 - 1
         n, height, width = len(x), *x.shape[2:]
+        if (height, width) != given.size:
+            raise ValueError(
+                f"'image' is {width} x {height} pixels, the conditioning is of {given.size[1]} x "
+                f"{given.size[0]}"
+                ": connect the same aligned picture to both"
+            )
+        match = match_means or preset == OFFICIAL
+        if match and hidden is not None:
+            raise ValueError("'hidden' and mean matching do not go together: switch 'match_means' off")
         fresh = _random(seed, 1, height, width)
         where = torch.zeros(1, 1, 1, 1) if hidden is None else host.mask_pictures(hidden, "hidden", height)
         where = host.repeat(where, n, "hidden").to(x)
-        parts = host.batches(model, n, height, width)
-        progress, schedule = host.Progress(2 * steps * len(parts)), _schedule(steps, spacing)
-        step, noise, before = progress.callback, [], []
+        parts, schedule = host.batches(model, n, height, width), _schedule(spec)
+        progress = host.Progress((1 + (match or paint_back)) * len(schedule) * len(parts))
+        noise, shifts, before = [], [], []
         for p in parts:
-            x_T = samplers.invert(rig, x[p], condition[p], schedule, solver, callback=step)
-            noise.append(pipeline.variance_mix(x_T, fresh, where[p]))
-            back = samplers.sample(rig, noise[-1], condition[p], schedule, solver, callback=step)
+            c, back = given.part(net, p), x[p]
+            if match:
+                x_T, shift = samplers.invert_matched(
+                    net, x[p], c, schedule, solver, callback=progress.callback
+                )
+                back = progress.last
+                shifts.append(shift)
+            else:
+                x_T = samplers.invert(net, x[p], c, schedule, solver, callback=progress.callback)
+                x_T = x_T if hidden is None else pipeline.variance_mix(x_T, fresh, where[p])
+                if paint_back:
+                    back = samplers.sample(net, x_T, c, schedule, solver, callback=progress.callback)
+            noise.append(x_T)
             before.append(host.image(back * 0.5 + 0.5))
         before = torch.cat(before)
+        found = samplers.Inversion(torch.cat(noise), torch.cat(shifts, 1) if shifts else None, spec, solver)
         return io.NodeOutput(
-            host.noise_latent(torch.cat(noise)), before, ui=ui.PreviewImage(before[:4], cls=cls)
+            sockets.noise_latent(found, model), before, ui=ui.PreviewImage(before[:4], cls=cls)
         )
 
 
@@ -172,8 +250,10 @@ class ConditionedSample(io.ComfyNode):
                 "Invert."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="From Load DiffusionRig."),
-                io.Conditioning.Input("conditioning", tooltip="From DiffusionRig Condition."),
+                io.Model.Input("model", tooltip="From Load DiFaReli or Load DiffusionRig."),
+                io.Conditioning.Input(
+                    "conditioning", tooltip="From DiFaReli Condition or DiffusionRig Condition."
+                ),
                 SEED,
                 STEPS,
                 io.Combo.Input(
@@ -181,8 +261,9 @@ class ConditionedSample(io.ComfyNode):
                     options=["ab2", "ddim", "heun", "ddpm"],
                     default="ab2",
                     tooltip=(
-                        "ab2: second order, one evaluation a step. ddim: first order. heun: two a step. "
-                        "ddpm: random."
+                        "For custom. ab2: second order, one evaluation a step. ddim: first order. heun: "
+                        "two a "
+                        "step. ddpm: random."
                     ),
                 ),
                 SPACING,
@@ -212,7 +293,18 @@ class ConditionedSample(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "How strongly the edit is driven, when 'unedited' is connected. 1: as trained; "
-                        "1.5 to 2 is good; above 1 a step costs two evaluations."
+                        "1.5 to 2 is good for DiffusionRig, 1 for DiFaReli; above 1 a step costs two "
+                        "evaluations."
+                    ),
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=[AS_INVERTED, *PRESETS, CUSTOM],
+                    default=AS_INVERTED,
+                    tooltip=(
+                        "as inverted: steps and solver that the noise was made with (without noise as "
+                        "custom). "
+                        "fast: 20 evaluations. balanced: 49. official: all 1000. custom: as set here."
                     ),
                 ),
             ],
@@ -221,41 +313,45 @@ class ConditionedSample(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, conditioning, seed, steps, solver, spacing, same_noise,
+        cls, model, conditioning, seed, steps, solver, spacing, same_noise, preset,
         noise=None, unedited=None, guidance=pipeline.GUIDANCE,
     ):  # fmt: skip
-        rig, condition = host.loaded_rig(model), host.condition(conditioning)
+        net = host.loaded(model)
+        given, how = sockets.condition(conditioning, net), _how(preset, steps, solver, spacing)
         if not 1 <= guidance <= 4:
             raise ValueError(f"'guidance' lies between 1 and 4, not at {guidance}")
         before = None
         if unedited is not None and guidance > 1:
-            before = host.condition(unedited)
-            if len(before) not in (1, len(condition)):
+            before = sockets.condition(unedited, net, "unedited")
+            if len(before) not in (1, len(given)):
                 raise ValueError(
-                    f"'unedited' holds {len(before)} faces, 'conditioning' {len(condition)}: "
-                    "give one, or as many"
+                    f"'unedited' holds {len(before)} faces, 'conditioning' {len(given)}: give one, or as many"
                 )
-        n, height, width = len(condition), *condition.physical.shape[2:]
-        start = (
-            host.noise(noise) if noise is not None else _random(seed, 1 if same_noise else n, height, width)
-        )
+        n, (height, width), shifts = len(given), given.size, None
+        if noise is None:
+            start = _random(seed, 1 if same_noise else n, height, width)
+        else:
+            found = sockets.noise(noise, model, given.size)
+            how = (found.steps, found.solver) if preset == AS_INVERTED else how
+            if how != (found.steps, found.solver):
+                raise ValueError(
+                    f"'noise' was made with {found.steps} steps of {found.solver}, not with {how[0]} of "
+                    f"{how[1]}: "
+                    f"choose '{AS_INVERTED}' as 'preset'"
+                )
+            start, shifts = found.x_T, found.shifts
         x_T = host.repeat(start, n, "noise").to(host.device())
         generator = torch.Generator().manual_seed(seed + 1)  # of the steps of ddpm
-        parts = host.batches(model, n, height, width)
-        progress, schedule = host.Progress(steps * len(parts)), _schedule(steps, spacing)
-        made = []
+        parts, schedule = host.batches(model, n, height, width), _schedule(how[0])
+        progress, made = host.Progress(len(schedule) * len(parts)), []
         for p in parts:
-            denoiser = rig
+            net_, c = net, given.part(net, p)
             if before is not None:
-                denoiser = pipeline.guided(rig, before if len(before) == 1 else before[p], guidance)
+                net_ = pipeline.guided(net, before.part(net, p), guidance)
+            matched = samplers.Inversion(x_T[p], _rows(shifts, p), *how)
             x = samplers.sample(
-                denoiser,
-                x_T[p],
-                condition[p],
-                schedule,
-                solver,
-                generator=generator,
-                callback=progress.callback,
+                net_, x_T[p], c, schedule, how[1], generator=generator, callback=progress.callback,
+                correct=matched.shift,
             )  # fmt: skip
             made.append(host.image(x * 0.5 + 0.5))
         out = torch.cat(made)

@@ -85,10 +85,30 @@ class AlignFace(io.ComfyNode):
             points = landmark_fit.check_landmarks(landmarks).to(x.device)
             x = host.repeat(x, len(points), "photo")
             found = torch.ones(len(points), dtype=torch.bool, device=x.device)
+        _check_inside(points[found], x.shape[2:])
         crop = align.ffhq_crop(points, size)
         out, aligned = host.image(crop.apply(x)), host.result(crop.apply_points(points))
         where = sockets.Aligned(host.result(crop), host.result(found))
         return io.NodeOutput(out, where, aligned, ui=ui.PreviewImage(out[:4], cls=cls))
+
+
+def _check_inside(points, size) -> None:
+    """Raise ValueError when most of a face lies outside of the photo, warn when some of it does."""
+    height, width = size
+    x, y = points.unbind(-1)
+    outside = ((x < -0.5) | (y < -0.5) | (x > width - 0.5) | (y > height - 0.5)).float().mean(1)
+    if (outside > 0.5).any():
+        raise ValueError(
+            f"the face leaves the photo: only {round((1 - float(outside.max())) * 68)} of its 68 landmarks "
+            f"are "
+            "inside; use a photo that shows the whole face"
+        )
+    if (outside > 0).any():
+        host.warn(
+            f"a face leaves the photo, {round(float(outside.max()) * 100)} % of its landmarks are outside; "
+            f"the "
+            "missing part is filled with the mirrored photo, and the fit is less sure"
+        )
 
 
 class FitToLandmarks(io.ComfyNode):
@@ -155,7 +175,7 @@ class PasteBack(io.ComfyNode):
             category="Face Rig/estimate",
             description=(
                 "Carries the edit of an aligned face into the photo at the photo's own resolution. Pixels "
-                "outside the aligned square stay exactly as they were."
+                "outside the aligned square, and far from the mask, stay exactly as they were."
             ),
             inputs=[
                 io.Image.Input("photo", tooltip="The photo that Align Face was given."),
@@ -179,6 +199,18 @@ class PasteBack(io.ComfyNode):
                     step=0.01,
                     tooltip="Width of the soft edge in sides of the aligned square. Good: 0.03..0.15.",
                 ),
+                io.Float.Input(
+                    "reach",
+                    default=pipeline.NEAR,
+                    min=0.0,
+                    max=0.5,
+                    step=0.01,
+                    tooltip=(
+                        "How far beyond 'mask' the edit may show, in sides of the aligned square, so that "
+                        "hair "
+                        "changes with the head. 0: the mask alone. Good: 0..0.15."
+                    ),
+                ),
                 io.Image.Input(
                     "before",
                     optional=True,
@@ -195,14 +227,18 @@ class PasteBack(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where the edit counts, over the aligned picture; without it everywhere.",
+                    tooltip=(
+                        "The head in the aligned picture (matte of DiFaReli Condition, Face Parse, mask of "
+                        "Render "
+                        "Buffers): the edit shows there and near it. Without it everywhere."
+                    ),
                 ),
             ],
             outputs=[io.Image.Output(display_name="photo", tooltip="The photos, one for each edited face.")],
         )
 
     @classmethod
-    def execute(cls, photo, edited, crop, mode, soft, before=None, motion=None, mask=None):
+    def execute(cls, photo, edited, crop, mode, soft, reach, before=None, motion=None, mask=None):
         new = host.pictures(edited, "edited")
         n, size = len(new), new.shape[-1]
         if motion is not None and (before is None or mask is not None):
@@ -213,11 +249,12 @@ class PasteBack(io.ComfyNode):
 
         photos = each(host.pictures(photo, "photo"), "photo")
         before = each(None if before is None else host.pictures(before, "before"), "before")
-        mask = each(None if mask is None else host.mask_pictures(mask, "mask", size), "mask")
+        mask = None if mask is None else pipeline.near(host.mask_pictures(mask, "mask", size), reach)
+        mask = each(mask, "mask")
         motion = each(None if motion is None else motion.to(host.device()), "motion")
         crops = host.repeat(crop.crop, n, "crop").resized(size).to(host.device())
         found = crop.found.expand(n)
-        out = []
+        progress, out = host.Progress(n), []
         for i, x in enumerate(photos):
             face = new[i : i + 1]
             if found[i] and motion[i] is not None:
@@ -226,4 +263,5 @@ class PasteBack(io.ComfyNode):
             elif found[i]:
                 x = align.paste_back(x, face, crops[i], mask[i], before[i], mode, soft)
             out.append(host.image(x))
+            progress.step()
         return io.NodeOutput(torch.cat(out))

@@ -7,6 +7,8 @@ mode; networks are built and fits are made outside of it, see `gradients`.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import logging
 import os
 
 import comfy.conds
@@ -23,10 +25,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..rig_core import align
-from ..rig_core.denoisers.rig import RigCondition
+from ..rig_core.denoisers.relight import DiFaReli, RelightCondition
+from ..rig_core.denoisers.rig import DiffusionRig, RigCondition
 
 FOLDER = "face_rig"
-EXTENSIONS = {".safetensors", ".pt"}
+EXTENSIONS = {".safetensors", ".pt", ".pth", ".tar", ".ckpt", ".pkl"}
 DEFAULT = "default (in the pack)"
 
 
@@ -56,13 +59,21 @@ def pictures(image: Tensor, name: str, least: int = 32, most: int | None = None)
 
 
 def mask_pictures(mask: Tensor, name: str, size: int | None = None) -> Tensor:
-    """MASK [B,H,W] or [H,W] -> [B,1,H,W] float32 on the working device; with size resized to that square."""
+    """MASK [B,H,W] or [H,W] -> [B,1,H,W] float32 on the working device; with size resized to that square.
+
+    Raises ValueError for NaN, and where a square is asked for for a mask that is none.
+    """
     if mask.ndim == 2:
         mask = mask[None]
     if mask.ndim != 3 or 0 in mask.shape:
         raise ValueError(f"'{name}' is not a MASK (batch, height, width)")
     if not torch.isfinite(mask).all():
         raise ValueError(f"'{name}' holds NaN or infinite values: look at the node that made it")
+    if size is not None and mask.shape[1] != mask.shape[2]:
+        raise ValueError(
+            f"'{name}' is {mask.shape[2]} x {mask.shape[1]} pixels, the aligned picture is square: give a "
+            "mask of the aligned picture, not of the photo"
+        )
     x = mask[:, None].to(device(), torch.float32).clamp(0, 1)
     if size is None or x.shape[2:] == (size, size):
         return x
@@ -96,6 +107,11 @@ def mask(x: Tensor) -> Tensor:
 def device() -> torch.device:
     """Where to compute."""
     return mm.get_torch_device()
+
+
+def warn(text: str) -> None:
+    """Something the user should know, in the host's log."""
+    logging.getLogger("face_rig").warning("Face Rig: %s", text)
 
 
 def result(x):
@@ -132,7 +148,8 @@ class Progress:
         self.bar.update_absolute(self.done, self.total, shown)
 
     def callback(self, state: dict) -> None:
-        """What rig_core.samplers calls after every step."""
+        """What rig_core.samplers calls after every step; `last` is the state that it reached."""
+        self.last = state["x"]
         self.step(state["x_0"])
 
 
@@ -160,12 +177,12 @@ def add_model_folder() -> None:
     folder_paths.folder_names_and_paths[FOLDER] = (paths, EXTENSIONS)
 
 
-def model_names() -> list[str]:
-    """What a dropdown offers: the pack's own file, then those in models/face_rig."""
-    return [DEFAULT, *folder_paths.get_filename_list(FOLDER)]
+def model_names(first: str = DEFAULT) -> list[str]:
+    """What a dropdown offers: the pack's own file (or what stands in its place), then models/face_rig."""
+    return [first, *(n for n in folder_paths.get_filename_list(FOLDER) if n != first)]
 
 
-def model_path(name: str) -> str | None:
+def model_path(name: str, instead: str = f"choose '{DEFAULT}'") -> str | None:
     """The file of a dropdown's entry, None for the pack's own. Raises FileNotFoundError."""
     if name == DEFAULT:
         return None
@@ -173,7 +190,7 @@ def model_path(name: str) -> str | None:
     if path is None:
         raise FileNotFoundError(
             f"there is no '{name}' in models/{FOLDER} (or it has another ending than "
-            f"{', '.join(sorted(EXTENSIONS))}): put it there and press R, or choose '{DEFAULT}'"
+            f"{', '.join(sorted(EXTENSIONS))}): put it there and press R, or {instead}"
         )
     return path
 
@@ -187,11 +204,18 @@ def model_fingerprint(name: str) -> str:
     return f"{path}:{stat.st_mtime_ns}:{stat.st_size}"
 
 
-# the host MODEL
+# the networks
 
 
-# RigCondition's fields under the names that travel in a CONDITIONING
-FIELDS = ("rig_physical", "rig_code", "rig_gain", "rig_offset")
+# what a CONDITIONING carries for each kind of denoiser: kind -> its name, our condition node, the fields
+KINDS = {
+    DiffusionRig: (
+        "a DiffusionRig",
+        "DiffusionRig Condition",
+        ("rig_physical", "rig_code", "rig_gain", "rig_offset"),
+    ),
+    DiFaReli: ("a DiFaReli", "DiFaReli Condition", ("relight_spatial", "relight_vector")),
+}
 
 
 class PixelLatent(comfy.latent_formats.LatentFormat):
@@ -219,53 +243,88 @@ class _Config(comfy.supported_models_base.BASE):
     memory_usage_factor = 0.1  # of the published width, 128
 
 
-class _Denoiser(nn.Module):
-    """Our network under the host's calling convention. x is x_t, t the timestep 0..999."""
+class _Network(nn.Module):
+    """Our denoiser under the host's calling convention. x is x_t, t the timestep 0..999."""
 
-    def __init__(self, rig: nn.Module):
+    def __init__(self, net: nn.Module):
         super().__init__()
-        self.rig = rig
-        self.dtype = next(rig.parameters()).dtype
+        self.net = net
+        self.dtype = next(net.parameters()).dtype
 
     def forward(self, x, t, **kwargs):
-        if FIELDS[0] not in kwargs:
-            raise ValueError(
-                "this MODEL is a DiffusionRig: give it the conditioning of DiffusionRig Condition"
-            )
-        return self.rig(x, t, RigCondition(*[kwargs[f] for f in FIELDS]))
+        name, node, fields = KINDS[type(self.net)]
+        if isinstance(self.net, DiFaReli):
+            fields = ("relight_gain", "relight_latents")
+        if fields[0] not in kwargs:
+            raise ValueError(f"this MODEL is {name}: give it the conditioning of {node}")
+        values = [kwargs[f] for f in fields]
+        if isinstance(self.net, DiFaReli):
+            return self.net(x, t, RelightCondition(values[0], tuple(values[1])))
+        return self.net(x, t, RigCondition(*values))
 
 
-class RigModel(comfy.model_base.BaseModel):
-    """DiffusionRig as the host sees a diffusion model, so that its samplers run on it."""
+class PixelModel(comfy.model_base.BaseModel):
+    """One of our denoisers as the host sees a diffusion model, so that its samplers run on it."""
 
-    def __init__(self, rig: nn.Module, meta: dict, device: torch.device):
+    def __init__(self, net: nn.Module, meta: dict, device: torch.device):
         config = _Config({"disable_unet_model_creation": True})
         super().__init__(config, comfy.model_base.ModelType.EPS, device=device)
-        self.diffusion_model = _Denoiser(rig)
-        self.memory_usage_factor *= rig.config.width / 128
+        self.diffusion_model = _Network(net)
+        self.memory_usage_factor *= net.config.width / 128
         self.meta = meta
+        self.mark = _mark(net)
 
     def extra_conds(self, **kwargs):
-        kinds = [comfy.conds.CONDNoiseShape] + [comfy.conds.CONDRegular] * 3
-        given = [(f, kind) for f, kind in zip(FIELDS, kinds, strict=True) if f in kwargs]
-        return {f: kind(kwargs[f].to(kwargs["device"])) for f, kind in given}
+        """Called once a run: here the Modulator of DiFaReli reads the picture and the light."""
+        net = self.diffusion_model.net
+        fields = KINDS[type(net)][2]
+        given = {f: kwargs[f].to(kwargs["device"]) for f in fields if f in kwargs}
+        if isinstance(net, DiffusionRig):
+            kinds = [comfy.conds.CONDNoiseShape] + [comfy.conds.CONDRegular] * 3
+            return {f: kind(given[f]) for f, kind in zip(fields, kinds, strict=True) if f in given}
+        if len(given) < 2:
+            return {}
+        c = net.condition(*given.values())
+        latents = comfy.conds.CONDList(list(c.latents))
+        return {"relight_gain": comfy.conds.CONDRegular(c.gain), "relight_latents": latents}
 
 
-def rig_model(rig: nn.Module, meta: dict):
-    """A host MODEL (ModelPatcher) around a DiffusionRig."""
-    offload = mm.unet_offload_device()
-    model = RigModel(rig.eval().requires_grad_(False), meta, offload)
-    return comfy.model_patcher.ModelPatcher(model, load_device=mm.get_torch_device(), offload_device=offload)
+def _mark(net: nn.Module) -> str:
+    """Tells networks apart, the same for two copies of one file."""
+    digest = hashlib.sha256(repr(net.config).encode())
+    for p in net.parameters():
+        digest.update(p.detach().flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
-def loaded_rig(model) -> nn.Module:
-    """The DiffusionRig inside a MODEL, on the working device. Raises ValueError for another kind of MODEL."""
-    if not isinstance(getattr(model, "model", None), RigModel):
-        raise ValueError("'model' is not a DiffusionRig: connect the MODEL of Load DiffusionRig")
-    rig = model.model.diffusion_model.rig
-    size = rig.config.image_size
+def model(net: nn.Module, meta: dict):
+    """A host MODEL (ModelPatcher) around a DiffusionRig or a DiFaReli."""
+    return _patcher(PixelModel(net.eval().requires_grad_(False), meta, mm.unet_offload_device()))
+
+
+def _patcher(net: nn.Module):
+    return comfy.model_patcher.ModelPatcher(
+        net, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device()
+    )
+
+
+def denoiser(model, kind: type | None = None) -> nn.Module:
+    """The network inside a MODEL, not moved. Raises ValueError for another kind of MODEL."""
+    inner = getattr(model, "model", None)
+    kinds = [kind] if kind else list(KINDS)
+    if not isinstance(inner, PixelModel) or type(inner.diffusion_model.net) not in kinds:
+        names = " nor ".join(KINDS[k][0] for k in kinds)
+        loaders = " or ".join("Load " + KINDS[k][0].split()[1] for k in kinds)
+        raise ValueError(f"'model' is {'not' if kind else 'neither'} {names}: connect the MODEL of {loaders}")
+    return inner.diffusion_model.net
+
+
+def loaded(model) -> nn.Module:
+    """`denoiser`, on the working device."""
+    net = denoiser(model)
+    size = net.config.image_size
     mm.load_models_gpu([model], memory_required=model.model.memory_required([1, 3, size, size]))
-    return rig
+    return net
 
 
 def batches(model, n: int, height: int, width: int) -> list[slice]:
@@ -274,29 +333,14 @@ def batches(model, n: int, height: int, width: int) -> list[slice]:
     return _slices(n, int(min(16, max(1, mm.get_free_memory(device()) / 2 // max(one, 1)))))
 
 
-def conditioning(condition: RigCondition) -> list:
-    """CONDITIONING for the host's samplers and ours. Its first item, the text, is not used."""
-    values = (condition.physical, condition.code, condition.gain, condition.offset)
-    return [[torch.zeros(1, 1, 1), {f: result(v) for f, v in zip(FIELDS, values, strict=True)}]]
+def estimator(net: nn.Module):
+    """A network that only looks at pictures, under the host's management of memory."""
+    return _patcher(net)
 
 
-def condition(conditioning: list) -> RigCondition:
-    """The inverse of `conditioning`, on the working device. Raises ValueError for a foreign CONDITIONING."""
-    fields = conditioning[0][1] if conditioning else {}
-    if FIELDS[0] not in fields:
-        raise ValueError("'conditioning' is not from DiffusionRig Condition: connect that node's output")
-    return RigCondition(*[fields[f].to(device()) for f in FIELDS])
-
-
-def noise_latent(x_T: Tensor) -> dict:
-    """LATENT of inverted noise [B,3,H,W] of unit variance; marked, since it is no picture."""
-    return {"samples": result(x_T), "face_rig_noise": True}
-
-
-def noise(latent: dict) -> Tensor:
-    """The inverse of `noise_latent`. Raises ValueError for a LATENT that is none."""
-    if not latent.get("face_rig_noise"):
-        raise ValueError(
-            "'noise' is not from DDIM Invert: a picture's latent holds no noise, connect that node"
-        )
-    return latent["samples"]
+def loaded_estimator(patcher, kinds: tuple[type, ...], name: str, node: str) -> nn.Module:
+    """The inverse of `estimator`, on the working device. Raises ValueError when `name` is another node's."""
+    if not isinstance(getattr(patcher, "model", None), kinds):
+        raise ValueError(f"'{name}' is not from {node}: connect that node")
+    mm.load_models_gpu([patcher])
+    return patcher.model

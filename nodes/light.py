@@ -1,12 +1,16 @@
-"""Light: SH Light Edit."""
+"""Light: SH Light Edit, Light From Photo, Light Orbit, Mix Lights."""
 
 import torch
 from comfy_api.latest import io, ui
 
-from ..rig_core import light_prior, sh
+from ..rig_core import light_prior, pipeline, sh
+from ..rig_core.estimators import locate
 from . import host, sockets
+from .estimate import FACE_CHOICE
 
 MODES = ["model range", "raw"]
+WEIGHTED, LAMPS, SEQUENCE, ARC = "weighted", "add lamps", "sequence", "sequence, spherical"
+PHOTO = 256  # px of the aligned face that a light is read from
 
 
 class SHLightEdit(io.ComfyNode):
@@ -165,6 +169,221 @@ class SHLightEdit(io.ComfyNode):
         return io.NodeOutput(
             host.result(edited), host.result(new), ball, ui=ui.PreviewImage(ball[:4], cls=cls)
         )
+
+
+class LightFromPhoto(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FaceRig_LightFromPhoto",
+            display_name="Light From Photo",
+            category="Face Rig/light",
+            description="Reads the light off a face in another photo, to put it on yours.",
+            inputs=[
+                sockets.FaceModel.Input(
+                    "face_model", tooltip="The same one that your photo's face is fitted with."
+                ),
+                io.Image.Input("photo", tooltip="Photos of any size with the wanted light on a face."),
+                *FACE_CHOICE,
+            ],
+            outputs=[
+                sockets.SHLight.Output(
+                    display_name="light", tooltip="One light a photo: for DiFaReli Condition, SH Light Edit."
+                ),
+                io.Image.Output(display_name="ball", tooltip="A grey ball under each light."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, face_model, photo, order, index):
+        x = host.pictures(photo, "photo")
+        points, _ = locate.locate(x, order, index)
+        progress, lights, shown = host.Progress(len(x)), [], []
+        with host.gradients():
+            head = host.head(face_model)
+            for i in range(len(x)):
+                face = pipeline.estimate(head, x[i : i + 1].clone(), PHOTO, points[i : i + 1].clone())
+                lights.append(host.result(face.code.light))
+                shown.append(host.image(torch.cat([face.image, _ball(face.code.light, PHOTO)], 3)))
+                progress.step()
+        light = torch.cat(lights)
+        return io.NodeOutput(
+            light, host.image(_ball(light)), ui=ui.PreviewImage(torch.cat(shown[:4]), cls=cls)
+        )
+
+
+class LightOrbit(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FaceRig_LightOrbit",
+            display_name="Light Orbit",
+            category="Face Rig/light",
+            description="A lamp that goes around the head: a batch of lights, for a film of one photo.",
+            inputs=[
+                sockets.FaceModel.Input(
+                    "face_model",
+                    tooltip="The one that the face was fitted with: it knows which lights its models saw.",
+                ),
+                sockets.FaceCode.Input(
+                    "face_code", tooltip="One face from Fit to Landmarks: sets level and colour of the light."
+                ),
+                io.Int.Input("frames", default=24, min=1, max=240, tooltip="Number of lights. Good: 16..48."),
+                io.Float.Input(
+                    "start",
+                    default=-90.0,
+                    min=-180.0,
+                    max=180.0,
+                    step=1.0,
+                    tooltip=(
+                        "Degrees of azimuth of the first light; 0 is from the camera, above 0 from the right."
+                    ),
+                ),
+                io.Float.Input(
+                    "arc",
+                    default=180.0,
+                    min=-360.0,
+                    max=360.0,
+                    step=1.0,
+                    tooltip=(
+                        "Degrees to travel; above 0 towards the right. 360 is a full circle that repeats "
+                        "without "
+                        "a jump; a shorter arc ends exactly there. Good: 120..180, or 360."
+                    ),
+                ),
+                io.Float.Input(
+                    "elevation",
+                    default=15.0,
+                    min=-90.0,
+                    max=90.0,
+                    step=1.0,
+                    tooltip="Degrees; above 0 from above. Good: -10..50.",
+                ),
+                io.Float.Input(
+                    "intensity",
+                    default=1.0,
+                    min=0.0,
+                    max=4.0,
+                    step=0.05,
+                    tooltip="Strength of the lamp, linear. Good: 0.4..1.6.",
+                ),
+                io.Float.Input(
+                    "ambient",
+                    default=0.25,
+                    min=0.0,
+                    max=2.0,
+                    step=0.01,
+                    tooltip="Light from everywhere, linear: less of it is more contrast. Good: 0.1..0.5.",
+                ),
+                io.Float.Input(
+                    "softness",
+                    default=0.1,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="Size of the source: 0 is a point, 1 half the sky. Good: 0..0.7.",
+                ),
+            ],
+            outputs=[
+                sockets.SHLight.Output(display_name="light", tooltip="The lights, in order."),
+                io.Image.Output(display_name="ball", tooltip="A grey ball under each light."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, face_model, face_code, frames, start, arc, elevation, intensity, ambient, softness):
+        head = host.head(face_model)
+        face_code.require_head(head.name)
+        if len(face_code) != 1:
+            raise ValueError(f"'face_code' holds {len(face_code)} faces, an orbit goes around one")
+        light = light_prior.orbit(
+            face_code.light.to(host.device()), frames, start, arc, elevation, intensity=intensity,
+            ambient=ambient, softness=softness, mean=head.light_mean, std=head.light_std,
+        )  # fmt: skip
+        ball = host.image(_ball(light))
+        return io.NodeOutput(host.result(light), ball, ui=ui.PreviewImage(_few(ball), cls=cls))
+
+
+class MixLights(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FaceRig_MixLights",
+            display_name="Mix Lights",
+            category="Face Rig/light",
+            description=(
+                "Blends two lights, switches both on at once, or goes from one to the other in steps."
+            ),
+            inputs=[
+                sockets.SHLight.Input("light_a", tooltip="The first light, or a batch."),
+                sockets.SHLight.Input("light_b", tooltip="The second light, or as many."),
+                io.Combo.Input(
+                    "mode",
+                    options=[WEIGHTED, LAMPS, SEQUENCE, ARC],
+                    default=WEIGHTED,
+                    tooltip=(
+                        "weighted: the sum with the weights, as the picture's values blend. add lamps: both "
+                        "lamps on, in linear light. sequence: from a to b in 'frames' lights, straight or "
+                        "along "
+                        "an arc (as DiFaReli does)."
+                    ),
+                ),
+                io.Float.Input(
+                    "weight_a",
+                    default=0.5,
+                    min=0.0,
+                    max=4.0,
+                    step=0.05,
+                    tooltip="Share of the first light. weighted: the two add to 1; add lamps: 1 is as it is.",
+                ),
+                io.Float.Input(
+                    "weight_b",
+                    default=0.5,
+                    min=0.0,
+                    max=4.0,
+                    step=0.05,
+                    tooltip=(
+                        "Share of the second light. weighted: the two add to 1; add lamps: 1 is as it is."
+                    ),
+                ),
+                io.Int.Input(
+                    "frames",
+                    default=8,
+                    min=2,
+                    max=240,
+                    tooltip="Number of lights of a sequence, both ends among them. Good: 8..48.",
+                ),
+            ],
+            outputs=[
+                sockets.SHLight.Output(display_name="light", tooltip="The mixed light, or the sequence."),
+                io.Image.Output(display_name="ball", tooltip="A grey ball under each light."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, light_a, light_b, mode, weight_a, weight_b, frames):
+        a, b = (sh.check_light(v, n) for v, n in ((light_a, "'light_a'"), (light_b, "'light_b'")))
+        n, weights = max(len(a), len(b)), (weight_a, weight_b)
+        if mode in (WEIGHTED, LAMPS) and not sum(weights):
+            raise ValueError("both weights are 0: that is no light at all")
+        if mode in (SEQUENCE, ARC):
+            if n > 1:
+                raise ValueError(f"a sequence goes from one light to one other, but a batch of {n} came in")
+            light = sh.interpolate(a, b, torch.linspace(0, 1, frames).to(a), spherical=mode == ARC)
+        elif mode == WEIGHTED:
+            light = sh.mix([host.repeat(v, n, s) for v, s in ((a, "light_a"), (b, "light_b"))], weights)
+        elif mode == LAMPS:
+            linear = [host.repeat(sh.decode_light(v), n, s) for v, s in ((a, "light_a"), (b, "light_b"))]
+            light = sh.encode_light(sh.mix(linear, weights))
+        else:
+            raise ValueError(f"'mode' is {WEIGHTED}, {LAMPS}, {SEQUENCE} or {ARC}, not '{mode}'")
+        ball = host.image(_ball(light))
+        return io.NodeOutput(host.result(light), ball, ui=ui.PreviewImage(_few(ball), cls=cls))
+
+
+def _few(pictures, n=8):
+    """At most n of them, evenly chosen, for a preview."""
+    return pictures[torch.linspace(0, len(pictures) - 1, min(n, len(pictures))).round().long()]
 
 
 def _ball(light, size=128):

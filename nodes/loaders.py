@@ -1,4 +1,4 @@
-"""Loaders: the head model and the denoiser."""
+"""Loaders: the head model, the denoisers, and the networks that look at a photo."""
 
 from comfy_api.latest import io
 
@@ -6,8 +6,10 @@ from ..rig_core import checkpoints
 from . import host, sockets
 
 FILES = (
-    "A file in models/face_rig (.safetensors, or an official .pt), or the small one that comes with the pack."
+    "A file in models/face_rig (.safetensors, or as published), or the small one that comes with the pack."
 )
+BESIDE = "beside it, same name"
+PARSER = "79999_iter.pth"
 
 
 class LoadFaceModel(io.ComfyNode):
@@ -70,4 +72,160 @@ class LoadDiffusionRig(io.ComfyNode):
     def execute(cls, file):
         with host.gradients():
             rig, meta = checkpoints.load_rig(host.model_path(file))
-            return io.NodeOutput(host.rig_model(rig, meta), rig.config.image_size)
+            return io.NodeOutput(host.model(rig, meta), rig.config.image_size)
+
+
+class LoadDiFaReli(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FaceRig_LoadDiFaReli",
+            display_name="Load DiFaReli",
+            category="Face Rig/loaders",
+            description=(
+                "Loads a DiFaReli denoiser with its Modulator as a MODEL. The host's samplers run on it too."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=host.model_names(),
+                    default=host.DEFAULT,
+                    tooltip="The denoiser. " + FILES + " Of a published pair this is ImgCond_*.pt.",
+                ),
+                io.Combo.Input(
+                    "modulator",
+                    options=host.model_names(BESIDE),
+                    default=BESIDE,
+                    tooltip=(
+                        "Of a published pair: ImgEncoder_*.pt of the same step; found by itself when it lies "
+                        "beside the other. Files of this pack hold both."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="Works on pixels: three channels, no VAE."),
+                io.Int.Output(
+                    display_name="image_size",
+                    tooltip="Pixels of the pictures it was trained on: the size for Align Face.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file, modulator):
+        second = file.replace("ImgCond", "ImgEncoder") if modulator == BESIDE else modulator
+        return host.model_fingerprint(file) + host.model_fingerprint(second)
+
+    @classmethod
+    def execute(cls, file, modulator):
+        second = None if modulator == BESIDE else host.model_path(modulator, f"choose '{BESIDE}'")
+        with host.gradients():
+            net, meta = checkpoints.load_relight(host.model_path(file), second)
+            return io.NodeOutput(host.model(net, meta), net.config.image_size)
+
+
+class LoadIdentityEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FaceRig_LoadIdentityEncoder",
+            display_name="Load Identity Encoder",
+            category="Face Rig/loaders",
+            description=(
+                "Loads the network that tells persons apart (ArcFace). DiFaReli needs the one of its "
+                "training."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=host.model_names(),
+                    default=host.DEFAULT,
+                    tooltip=(
+                        "The encoder. "
+                        + FILES
+                        + " The default DiFaReli goes with the default; the published "
+                        "ones with BEST_checkpoint_r18.tar."
+                    ),
+                )
+            ],
+            outputs=[
+                sockets.IdentityEncoder.Output(display_name="identity_encoder", tooltip="For ArcFace Embed.")
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file):
+        return host.model_fingerprint(file)
+
+    @classmethod
+    def execute(cls, file):
+        with host.gradients():
+            return io.NodeOutput(host.estimator(checkpoints.load_identity(host.model_path(file))))
+
+
+class LoadShadowEstimator(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FaceRig_LoadShadowEstimator",
+            display_name="Load Shadow Estimator",
+            category="Face Rig/loaders",
+            description="Loads the network that says how strong the cast shadows on a face are.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=host.model_names(),
+                    default=host.DEFAULT,
+                    tooltip=(
+                        "The estimator. " + FILES + " The published one is DiffAE's last.ckpt with "
+                        "shadow_cls_weight.pkl beside it; both give the same scale."
+                    ),
+                )
+            ],
+            outputs=[
+                sockets.ShadowEstimator.Output(display_name="shadow_estimator", tooltip="For Shadow Scalar.")
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file):
+        return host.model_fingerprint(file)
+
+    @classmethod
+    def execute(cls, file):
+        with host.gradients():
+            return io.NodeOutput(host.estimator(checkpoints.load_shadow(host.model_path(file))))
+
+
+class LoadFaceParser(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FaceRig_LoadFaceParser",
+            display_name="Load Face Parser",
+            category="Face Rig/loaders",
+            description=(
+                "Loads the network that names every pixel of a face (BiSeNet, 19 classes). Optional: "
+                "without it "
+                "the head's mask is made from the fitted head and the photo's colours."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=host.model_names(PARSER),
+                    default=PARSER,
+                    tooltip=f"The published {PARSER} of face-parsing.PyTorch, in models/face_rig.",
+                )
+            ],
+            outputs=[sockets.FaceParser.Output(display_name="face_parser", tooltip="For Face Parse.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file):
+        return host.model_fingerprint(file)
+
+    @classmethod
+    def execute(cls, file):
+        path = host.model_path(file, "leave the face parser out, it is optional")
+        with host.gradients():
+            return io.NodeOutput(host.estimator(checkpoints.load_parser(path)))

@@ -1,20 +1,28 @@
-"""The pack's own socket types. All else travels on IMAGE, MASK, LATENT, MODEL, CONDITIONING and INT.
+"""What travels between the nodes: our own socket types, and what our CONDITIONING and LATENT hold.
 
-FACE_MODEL      head model (rig_core.heads.HeadModel)
-FACE_CODE       rig_core.face.FaceCode, B faces of one picture size
-FACE_LANDMARKS  [B,68,2] float, pixels of the picture they were found in
-FACE_CROP       Aligned: where the aligned faces were
-FACE_MOTION     [B,s,s,2], where each pixel of an edited picture comes from (rig_core.warp.flow)
-FACE_BUFFERS    rig_core.face.Buffers
-SH_LIGHT        [B,9,3], spherical harmonics in DECA's basis
+FACE_MODEL        head model (rig_core.heads.HeadModel)
+FACE_CODE         rig_core.face.FaceCode, B faces of one picture size
+FACE_LANDMARKS    [B,68,2] float, pixels of the picture they were found in
+FACE_CROP         Aligned: where the aligned faces were
+FACE_MOTION       [B,s,s,2], where each pixel of an edited picture comes from (rig_core.warp.flow)
+FACE_BUFFERS      rig_core.face.Buffers
+FACE_EMBED        [B,E], identity vectors
+SH_LIGHT          [B,9,3], spherical harmonics in DECA's basis
+IDENTITY_ENCODER, SHADOW_ESTIMATOR, FACE_PARSER   networks, see host.estimator
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from comfy_api.latest import io
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..rig_core import samplers
 from ..rig_core.align import Crop
+from ..rig_core.denoisers.relight import DiFaReli
+from ..rig_core.denoisers.rig import DiffusionRig, RigCondition
+from . import host
 
 
 class Aligned(NamedTuple):
@@ -30,4 +38,74 @@ FaceLandmarks = io.Custom("FACE_LANDMARKS")
 FaceCrop = io.Custom("FACE_CROP")
 FaceMotion = io.Custom("FACE_MOTION")
 FaceBuffers = io.Custom("FACE_BUFFERS")
+FaceEmbed = io.Custom("FACE_EMBED")
 SHLight = io.Custom("SH_LIGHT")
+IdentityEncoder = io.Custom("IDENTITY_ENCODER")
+ShadowEstimator = io.Custom("SHADOW_ESTIMATOR")
+FaceParser = io.Custom("FACE_PARSER")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a CONDITIONING holds for a denoiser of ours, a batch of pictures; what they share exists once."""
+
+    kind: type
+    fields: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return max(map(len, self.fields))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the pictures."""
+        return tuple(self.fields[0].shape[2:])
+
+    def part(self, net: nn.Module, rows: slice = slice(None)):
+        """The condition of some pictures, on the working device, as net takes it."""
+        values = [(v if len(v) == 1 else v[rows]).to(host.device()) for v in self.fields]
+        return RigCondition(*values) if self.kind is DiffusionRig else net.condition(*values)
+
+
+def conditioning(kind: type, *values: Tensor) -> list:
+    """CONDITIONING for the host's samplers and ours. Its first item, the text, is not used."""
+    fields = zip(host.KINDS[kind][2], values, strict=True)
+    return [[torch.zeros(1, 1, 1), {f: host.result(v) for f, v in fields}]]
+
+
+def condition(conditioning: list, net: nn.Module, name: str = "conditioning") -> Given:
+    """The inverse of `conditioning`. Raises ValueError for a foreign one, or of another kind or size."""
+    fields = conditioning[0][1] if conditioning else {}
+    what, node, names = host.KINDS[type(net)]
+    if names[0] not in fields:
+        raise ValueError(f"'{name}' is not from {node}, but 'model' is {what}: connect that node's output")
+    given, size = Given(type(net), tuple(fields[f] for f in names)), net.config.image_size
+    other = given.size != (size, size)
+    other |= isinstance(net, DiFaReli) and given.fields[1].shape[1] != net.config.cond_dim
+    if other:
+        raise ValueError(f"'{name}' was made for another model than 'model': connect the same MODEL to both")
+    return given
+
+
+def noise_latent(found: samplers.Inversion, model) -> dict:
+    """LATENT of a photo's noise [B,3,H,W] of unit variance, with how it was made; it is no picture."""
+    shifts = None if found.shifts is None else host.result(found.shifts)
+    how = {"steps": found.steps, "solver": found.solver, "shifts": shifts, "model": model.model.mark}
+    return {"samples": host.result(found.x_T), "face_rig_noise": how}
+
+
+def noise(latent: dict, model, size: tuple[int, int]) -> samplers.Inversion:
+    """The inverse of `noise_latent`. Raises ValueError for another LATENT, model or size."""
+    how = latent.get("face_rig_noise")
+    if not isinstance(how, dict):
+        raise ValueError(
+            "'noise' is not from DDIM Invert: a picture's latent holds no noise, connect that node"
+        )
+    x_T = latent["samples"]
+    if tuple(x_T.shape[2:]) != tuple(size):
+        raise ValueError(
+            f"'noise' is of {x_T.shape[3]} x {x_T.shape[2]} pixels, the conditioning of {size[1]} x "
+            f"{size[0]}: run DDIM Invert and the condition at one size"
+        )
+    if how["model"] != model.model.mark:
+        raise ValueError("'noise' was made with another model: connect the same MODEL to DDIM Invert")
+    return samplers.Inversion(x_T, how["shifts"], how["steps"], how["solver"])

@@ -153,9 +153,9 @@ def edit(
 def orbit(light: Tensor, n: int, start=-180.0, arc=360.0, elevation=15.0, **lamp) -> Tensor:
     """n lights [n,9,3] of a lamp that goes around the head, for the photo's light [1,9,3].
 
-    start, arc in degrees of azimuth as in from_angles; arc > 0 moves from the camera to the right of the picture.
-    A full circle (360) ends one step before its start, so that the sequence can be repeated; a shorter arc
-    reaches its end. Raises ValueError for more than one face.
+    start, arc in degrees of azimuth as in from_angles; arc > 0 goes from the camera to the right of the
+    picture. A full circle (360) ends one step before its start, so that the sequence can be repeated; a
+    shorter arc reaches its end. Raises ValueError for more than one face.
     lamp: intensity, ambient, colour, softness, mean, std, raw of `edit`.
     """
     if n < 1 or len(light) != 1:

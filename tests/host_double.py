@@ -33,6 +33,7 @@ class Host:
     progress: list = field(default_factory=list)
     loaded: list = field(default_factory=list)
     previews: list = field(default_factory=list)
+    texts: list = field(default_factory=list)
 
 
 # comfy_api.latest
@@ -48,7 +49,7 @@ class _Input:
         self.id, self.optional, self.tooltip = id, optional, tooltip
         self.default, self.options = extra.get("default"), extra.get("options")
         self.min, self.max = extra.get("min"), extra.get("max")
-        self.widget = bool(self.extra)
+        self.widget = bool(self.extra) and not extra.get("force_input")
         self.control_after_generate = extra.get("control_after_generate")
 
 
@@ -117,13 +118,18 @@ def _api(host: Host):
             assert image.ndim == 4 and image.shape[-1] == 3 and cls is not None
             host.previews.append(image)
 
+    class PreviewText:
+        def __init__(self, value):
+            assert isinstance(value, str)
+            host.texts.append(value)
+
     class ComfyExtension:
         async def get_node_list(self):
             raise NotImplementedError
 
     return {
         "io": io,
-        "ui": types.SimpleNamespace(PreviewImage=PreviewImage),
+        "ui": types.SimpleNamespace(PreviewImage=PreviewImage, PreviewText=PreviewText),
         "ComfyExtension": ComfyExtension,
     }
 
@@ -199,6 +205,10 @@ class CONDNoiseShape(CONDRegular):
     pass
 
 
+class CONDList(CONDRegular):
+    pass
+
+
 def _folder_paths(host: Host):
     names: dict = {}
 
@@ -231,7 +241,11 @@ def install(monkeypatch, folder: Path) -> Host:
         "comfy_api": {},
         "comfy_api.latest": _api(host),
         "comfy": {},
-        "comfy.conds": {"CONDRegular": CONDRegular, "CONDNoiseShape": CONDNoiseShape},
+        "comfy.conds": {
+            "CONDRegular": CONDRegular,
+            "CONDNoiseShape": CONDNoiseShape,
+            "CONDList": CONDList,
+        },
         "comfy.latent_formats": {"LatentFormat": LatentFormat},
         "comfy.model_base": {"BaseModel": BaseModel, "ModelType": types.SimpleNamespace(EPS=1)},
         "comfy.model_management": _model_management(host),

@@ -1,0 +1,298 @@
+"""What DiFaReli is told of a photo: ArcFace Embed, Shadow Scalar, Face Parse, DiFaReli Condition."""
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..rig_core import conditions, matte, pipeline
+from ..rig_core.denoisers.relight import DiFaReli
+from ..rig_core.estimators import identity, parsing, shadow
+from ..rig_core.estimators.identity import ArcFace
+from ..rig_core.estimators.parsing import BiSeNet
+from ..rig_core.estimators.shadow import DiffAEShadow, ShadowNet
+from . import host, sockets
+
+RANGE = 20.0  # what a shadow scalar may be at the most, either way
+LIGHTS = 8  # at a time, so that a long orbit can be stopped
+
+
+class ArcFaceEmbed(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FaceRig_ArcFaceEmbed",
+            display_name="ArcFace Embed",
+            category="Face Rig/estimate",
+            description="Who is in the picture, as a vector: DiFaReli keeps the person by it.",
+            inputs=[
+                sockets.IdentityEncoder.Input("identity_encoder", tooltip="From Load Identity Encoder."),
+                io.Image.Input("image", tooltip="Aligned faces (Align Face), any size."),
+            ],
+            outputs=[
+                sockets.FaceEmbed.Output(
+                    display_name="embed", tooltip="One identity vector a picture: for DiFaReli Condition."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, identity_encoder, image):
+        net = host.loaded_estimator(identity_encoder, (ArcFace,), "identity_encoder", "Load Identity Encoder")
+        x = _squares(image)
+        progress, made = host.Progress(len(x)), []
+        for i in range(len(x)):
+            made.append(host.result(identity.embed(net, x[i : i + 1])))
+            progress.step()
+        return io.NodeOutput(torch.cat(made))
+
+
+class ShadowScalar(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FaceRig_ShadowScalar",
+            display_name="Shadow Scalar",
+            category="Face Rig/estimate",
+            description="How strong the cast shadows on a face are, as one number.",
+            inputs=[
+                sockets.ShadowEstimator.Input("shadow_estimator", tooltip="From Load Shadow Estimator."),
+                io.Image.Input("image", tooltip="Aligned faces (Align Face), any size."),
+            ],
+            outputs=[
+                io.Float.Output(
+                    display_name="shadow",
+                    tooltip=(
+                        "Log-odds of strong shadows, about -6 (none) to 6 (hard); 1.28 is undecided. A list "
+                        "of numbers for several pictures."
+                    ),
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, shadow_estimator, image):
+        kinds = (ShadowNet, DiffAEShadow)
+        net = host.loaded_estimator(shadow_estimator, kinds, "shadow_estimator", "Load Shadow Estimator")
+        x = _squares(image)
+        progress, made = host.Progress(len(x)), []
+        for i in range(len(x)):
+            made.append(float(shadow.scalar(net, x[i : i + 1])))
+            progress.step()
+        shown = ui.PreviewText(", ".join(f"{v:.2f}" for v in made))
+        return io.NodeOutput(made[0] if len(made) == 1 else made, ui=shown)
+
+
+class FaceParse(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FaceRig_FaceParse",
+            display_name="Face Parse",
+            category="Face Rig/estimate",
+            description="Names every pixel of an aligned face: skin, hair, eyes, glasses, cloth and so on.",
+            inputs=[
+                sockets.FaceParser.Input("face_parser", tooltip="From Load Face Parser."),
+                io.Image.Input("image", tooltip="Aligned faces (Align Face), any size; 512 px is best."),
+                io.Combo.Input(
+                    "part",
+                    options=list(parsing.SELECTORS),
+                    default="head",
+                    tooltip="What the mask shows. head (face, neck, hair) is what DiFaReli Condition wants.",
+                ),
+            ],
+            outputs=[
+                io.Mask.Output(display_name="mask", tooltip="White where the chosen part is."),
+                io.Image.Output(display_name="labels", tooltip="All 19 classes, each in its own colour."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, face_parser, image, part):
+        net = host.loaded_estimator(face_parser, (BiSeNet,), "face_parser", "Load Face Parser")
+        x = _squares(image)
+        progress, labels = host.Progress(len(x)), []
+        for i in range(len(x)):
+            labels.append(parsing.parse(net, x[i : i + 1]))
+            progress.step()
+        labels = torch.cat(labels)
+        chosen = host.mask(parsing.select(labels, part))
+        shown = host.image(_colours(labels) * 0.7 + x * 0.3)
+        return io.NodeOutput(chosen, shown, ui=ui.PreviewImage(shown[:4], cls=cls))
+
+
+class DiFaReliCondition(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FaceRig_DiFaReliCondition",
+            display_name="DiFaReli Condition",
+            category="Face Rig/diffusion",
+            description=(
+                "What DiFaReli is told: a grey head under the light, the photo without the head, and who "
+                "it is. "
+                "Several lights give a batch that shares all but the light."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="From Load DiFaReli."),
+                sockets.FaceModel.Input("face_model", tooltip="The one that the face was fitted with."),
+                sockets.FaceCode.Input("face_code", tooltip="From Fit to Landmarks, of the same picture."),
+                io.Image.Input("image", tooltip="The aligned photo, at the model's image_size."),
+                sockets.FaceEmbed.Input("embed", tooltip="From ArcFace Embed, of the same picture."),
+                io.Float.Input(
+                    "shadow",
+                    force_input=True,
+                    tooltip=f"From Shadow Scalar: cast shadow in log-odds, -{RANGE:g} to {RANGE:g}.",
+                ),
+                io.Float.Input(
+                    "shadow_change",
+                    default=0.0,
+                    min=-RANGE,
+                    max=RANGE,
+                    step=0.25,
+                    tooltip=(
+                        "Added to 'shadow', in log-odds: above 0 stronger cast shadows, below 0 weaker. "
+                        "Good: "
+                        "-6..6; the sum may be -20 to 20."
+                    ),
+                ),
+                io.Int.Input(
+                    "strengths",
+                    default=1,
+                    min=1,
+                    max=64,
+                    tooltip=(
+                        "Above 1: that many pictures, from no change of the shadow to all of it. Good: 5."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "cast_shadow",
+                    default=True,
+                    tooltip=(
+                        "The shadow that the head casts on itself is drawn into the grey head. Keep it on."
+                    ),
+                ),
+                sockets.SHLight.Input(
+                    "light",
+                    optional=True,
+                    tooltip="New lights, one or many (SH Light Edit, Light Orbit). Without: the photo's own.",
+                ),
+                io.Mask.Input(
+                    "head",
+                    optional=True,
+                    tooltip=(
+                        "Face, neck and hair in the aligned picture, from Face Parse. Without it they are "
+                        "found "
+                        "by the fitted head and the colours."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    display_name="conditioning", tooltip="For DDIM Invert (own light) or Conditioned Sample."
+                ),
+                io.Mask.Output(display_name="matte", tooltip="Face, neck and hair: for Paste Back's mask."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, face_model, face_code, image, embed, shadow, shadow_change, strengths, cast_shadow,
+        light=None, head=None,
+    ):  # fmt: skip
+        net, x = host.denoiser(model, DiFaReli), host.pictures(image, "image")
+        head_model, size = host.head(face_model), net.config.image_size
+        face_code.require_head(head_model.name)
+        _check_sizes(x, face_code, size)
+        amounts = _amounts(shadow, shadow_change, strengths).to(x)
+        photos = max(len(x), len(face_code), len(embed))
+        x = host.repeat(x, photos, "image")
+        code = host.repeat(face_code, photos, "face_code").to(x.device)
+        embed = host.repeat(embed, photos, "embed").to(x)
+        light = code.light if light is None else light.to(x)
+        given = None if head is None else host.repeat(host.mask_pictures(head, "head", size), photos, "head")
+        if photos > 1:  # video: each frame its own light, or one for all
+            light = host.repeat(light, photos, "light")
+            amounts = host.repeat(amounts, photos, "shadow")
+        elif len(light) > 1 < len(amounts) != len(light):
+            raise ValueError(
+                f"{len(light)} lights and {len(amounts)} shadows: give one of either, or as many"
+            )
+        parts = [slice(i, i + LIGHTS) for i in range(0, len(light), LIGHTS)] if photos == 1 else [None]
+        progress = host.Progress(photos * len(parts))
+        spatial, vector, mattes = [], [], []
+        for i in range(photos):
+            own = slice(i, i + 1)
+            mask = matte.head_matte(head_model, code[i], x[own]) if given is None else given[own]
+            background = conditions.background(x[own], mask)
+            portrait = pipeline.Portrait(x[own], None, code[i])
+            some = amounts if photos == 1 else amounts[own]
+            subject = pipeline.Subject(background, embed[own], some, mask)
+            for p in parts:
+                lights = light[own if p is None else p]
+                inputs = pipeline.relight_inputs(net, head_model, portrait, subject, lights, cast=cast_shadow)
+                spatial.append(host.result(inputs[0]))
+                progress.step(inputs[0][:, :3] * 2 - 1)
+            vector.append(host.result(inputs[1]))
+            mattes.append(mask)
+        spatial, vector = torch.cat(spatial), torch.cat(vector)
+        _check_vector(vector, net, code, embed)
+        shown = host.image(torch.cat([spatial[:4, :3], spatial[:4, 3:] * 0.5 + 0.5], 3))
+        return io.NodeOutput(
+            sockets.conditioning(DiFaReli, spatial, vector),
+            host.mask(torch.cat(mattes)),
+            ui=ui.PreviewImage(shown, cls=cls),
+        )
+
+
+def _squares(image):
+    """The aligned pictures of IMAGE. Raises ValueError for others."""
+    x = host.pictures(image, "image", most=2048)
+    if x.shape[2] != x.shape[3]:
+        raise ValueError(
+            f"'image' is {x.shape[3]} x {x.shape[2]} pixels, an aligned face is square: put Align Face "
+            f"before it"
+        )
+    return x
+
+
+def _colours(labels):
+    """Labels [B,H,W] as colours [B,3,H,W], 0..1, background black; neighbours in number differ in hue."""
+    hue = labels * 0.381966
+    phase = hue[:, None] + torch.tensor([0.0, 1 / 3, 2 / 3], device=labels.device)[:, None, None]
+    return (0.5 + 0.5 * torch.cos(2 * torch.pi * phase)) * (labels > 0)[:, None]
+
+
+def _check_sizes(x, code, size: int) -> None:
+    for name, (height, width) in (("image", x.shape[2:]), ("face_code", code.size)):
+        if (height, width) != (size, size):
+            raise ValueError(
+                f"'{name}' is of {width} x {height} pixels, this DiFaReli works at {size} x {size}: "
+                f"set the size of Align Face to {size}"
+            )
+
+
+def _amounts(given, change: float, strengths: int):
+    """Shadow scalars [K,1] of the pictures to make."""
+    own = torch.as_tensor(given, dtype=torch.float32).reshape(-1, 1)
+    if not own.isfinite().all():
+        raise ValueError("'shadow' is not a number: look at the node that made it")
+    if strengths > 1 and len(own) > 1:
+        raise ValueError("'strengths' is for one photo; for several leave it at 1")
+    amounts = conditions.shadow_sweep(own, strengths, by=change) if strengths > 1 else own + change
+    if amounts.abs().max() > RANGE:
+        raise ValueError(
+            f"the shadow scalar would be {float(amounts[amounts.abs().argmax()]):.3g}, "
+            f"but it lies between -{RANGE:g} and {RANGE:g} (usual: -6 to 6): change 'shadow' or "
+            f"'shadow_change'"
+        )
+    return amounts
+
+
+def _check_vector(vector, net, code, embed) -> None:
+    wanted = net.config.cond_dim
+    if vector.shape[1] != wanted:
+        raise ValueError(
+            f"the '{code.head}' head gives {vector.shape[1] - embed.shape[1] - 1} numbers and the identity "
+            f"encoder "
+            f"{embed.shape[1]}, with the shadow {vector.shape[1]} in all, but this DiFaReli takes {wanted}: "
+            "use the Load Face Model and Load Identity Encoder files that it was trained with"
+        )
