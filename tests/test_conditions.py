@@ -168,14 +168,24 @@ def test_many_lights_on_one_geometry(head, code):
         torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-6)
 
 
-def test_cast_shadows_only_darken_and_leave_the_fill_light(head, code):
+def test_cast_shadows_take_direct_light_only(head, code):
     d = conditions.draw(head, code)
     plain = conditions.reference(d.normal, d.mask, code.light)
     dark = conditions.reference(d.normal, d.mask, code.light, torch.zeros_like(d.mask))
+    half = conditions.reference(d.normal, d.mask, code.light, torch.full_like(d.mask, 0.5))
     assert torch.equal(conditions.reference(d.normal, d.mask, code.light, torch.ones_like(d.mask)), plain)
-    assert (dark <= plain + 1e-6).all() and (plain - dark).max() > 0.2
-    fill = sh.shade(-sh.direction(code.light)[:, :, None, None], code.light) * 180 / 255
-    torch.testing.assert_close(dark.amax((2, 3)), fill[..., 0, 0], rtol=0, atol=1e-3)
+    torch.testing.assert_close(half, (plain + dark) / 2)
+    towards = sh.direction(code.light)[:, :, None, None]
+    facing = (d.normal * towards).sum(1, keepdim=True)
+    front, back = (sh.shade(v, code.light) * conditions.GREY for v in (towards, -towards))
+    taken, share = plain - dark, conditions.BLOCKED * (front - back) * facing.clamp_min(0)
+    assert taken.min() > -1e-6 and taken.max() > 0.1
+    assert taken[(facing <= 0).expand_as(taken)].abs().max() < 1e-6  # nothing direct arrives there
+    assert (taken <= share + 1e-5).all() and (dark >= torch.minimum(plain, back / 2) - 1e-5).all()
+    bright = (dark > back / 2 + 1e-3) & (d.mask > 0)
+    assert bright.float().mean() > 0.1 and ((taken - share) * bright).abs().max() < 1e-5
+    double = conditions.reference(d.normal, d.mask, 2 * code.light, torch.zeros_like(d.mask))
+    torch.testing.assert_close(double, 2 * dark, rtol=0, atol=1e-5)
 
 
 def test_visibility_is_one_outside_and_follows_the_light(head, code):

@@ -237,6 +237,7 @@ def test_a_sample_sheet_shows_photo_reference_and_the_neighbours_light(folder, h
     code = d.codes([0, 2]).resized((SMALL, SMALL))
     wanted = conditions.shading_reference(head, code, SMALL, rows["visible"]).clamp(0, 1)
     torch.testing.assert_close(sheet[:, SMALL : 2 * SMALL], torch.cat(list(wanted), -1))
+    assert (sheet[:, 2 * SMALL : 3 * SMALL] - sheet[:, 3 * SMALL :]).abs().max() > 1e-3  # another light
 
 
 def test_a_grown_run_starts_from_the_coarse_one_and_resumes_without_it(folder, coarse, tmp_path, no_sheets):
