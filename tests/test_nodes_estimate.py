@@ -136,3 +136,42 @@ def test_landmarks_that_do_not_fit_are_named(pack, head, face):
             image=face[0].expand(3, -1, -1, -1),
             landmarks=face[2].expand(2, -1, -1),
         )
+
+
+def test_a_face_that_leaves_the_photo_is_told_or_refused(pack, scene, caplog):
+    photo, points = scene
+    x = points[0, :, 0]
+    some, most = int(x.quantile(0.3)), int(x.quantile(0.7))
+    at = torch.tensor([some, 0.0])
+    image, crop, _ = pack.run("AlignFace", photo=photo[:, :, some:], size=SIZE, landmarks=points - at)
+    outside = round(float((points[0, :, 0] - some < -0.5).float().mean()) * 100)
+    assert 20 < outside < 40 and f"{outside} % of its landmarks" in caplog.text
+    assert torch.isfinite(image).all()
+    out = pack.run("PasteBack", photo=photo[:, :, some:], edited=image * 0.5, crop=crop)[0]
+    assert out.shape == photo[:, :, some:].shape and (out < photo[:, :, some:] - 0.05).any()
+    at = torch.tensor([most, 0.0])
+    with pytest.raises(ValueError, match="the face leaves the photo: only 2[0-2] of its 68"):
+        pack.run("AlignFace", photo=photo[:, :, most:], size=SIZE, landmarks=points - at)
+    caplog.clear()
+    pack.run("AlignFace", photo=photo, size=SIZE, landmarks=points)
+    assert not caplog.text
+
+
+def test_an_edit_shows_on_the_mask_and_near_it(pack, face):
+    image, (crop, found) = face[0], face[1]
+    inside = pack.nodes_module.sockets.Aligned(crop.replace(matrix=torch.eye(3)[None]), found)
+    mask = torch.zeros(1, SIZE, SIZE)
+    mask[:, 24:40, 24:40] = 1
+    darker = image * 0.5
+
+    def changed(**more):
+        out = pack.run("PasteBack", photo=image, edited=darker, crop=inside, soft=0.02, **more)[0]
+        rows = ((out - image).abs().sum(-1)[0] > 0).nonzero()
+        return rows.amin().item(), rows.amax().item()
+
+    low, high = changed(mask=mask, reach=0.0)
+    assert 24 <= low <= 27 and 36 <= high <= 39
+    assert changed(mask=mask) == (low - 6, high + 6)  # 0.09 of 64 pixels
+    assert changed(mask=mask, reach=0.25) == (low - 16, high + 16)
+    with pytest.raises(ValueError, match="'mask' is 100 x 64 pixels, the aligned picture is square"):
+        pack.run("PasteBack", photo=image, edited=darker, crop=inside, mask=torch.ones(1, 64, 100))

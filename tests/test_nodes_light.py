@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.node_pack import *  # noqa: F403 the fixtures
-from tests.node_pack import SIZE
+from tests.node_pack import ROOT, SIZE
 
 
 def test_light_comes_from_the_side_asked_for(pack, head, face):
@@ -50,3 +52,79 @@ def test_a_given_light_replaces_the_sliders(pack, head, face):
     given = torch.linspace(-0.2, 0.5, 54).reshape(2, 9, 3)
     lit, light, ball = pack.run("SHLightEdit", face_model=head, face_code=code, light=given)
     assert torch.equal(light, given) and len(lit) == 2 and len(ball) == 2
+
+
+def photo(name, size=300):
+    image = Image.open(ROOT / "rig_core" / "assets" / name).convert("RGB")
+    image.thumbnail((size, size))
+    return torch.from_numpy(np.array(image)).float()[None] / 255
+
+
+def test_light_from_photo_is_the_light_of_the_chosen_face(pack, head):
+    woman, man = photo("astronaut.jpg"), photo("grace_hopper.jpg")
+    height = min(woman.shape[1], man.shape[1])
+    both = torch.cat([woman[:, :height], man[:, :height]], 2)
+    found = [
+        pack.run("LightFromPhoto", face_model=head, photo=both, order="left to right", index=i)[0]
+        for i in (0, 1)
+    ]
+    alone, ball = pack.run("LightFromPhoto", face_model=head, photo=man[:, :height])
+    assert alone.shape == (1, 9, 3) and ball.shape == (1, 128, 128, 3)
+    assert (found[1] - alone).abs().max() < 0.3 < (found[0] - alone).abs().max()
+    core = pack.core
+    want = core.pipeline.estimate(head, man[:, :height].permute(0, 3, 1, 2), 256).code.light
+    torch.testing.assert_close(alone, want, atol=1e-3, rtol=1e-3)
+    assert not alone.requires_grad
+    with pytest.raises(ValueError, match="has 2 faces, there is no face number 2"):
+        pack.run("LightFromPhoto", face_model=head, photo=both, index=2)
+    with pytest.raises(ValueError, match="no face found"):
+        pack.run("LightFromPhoto", face_model=head, photo=torch.full((1, 120, 160, 3), 0.4))
+
+
+def test_light_orbit_goes_around(pack, head, face):
+    how = {"face_model": head, "face_code": face[3]}
+    light, ball = pack.run("LightOrbit", frames=5, start=-80.0, arc=160.0, **how)
+    assert light.shape == (5, 9, 3) and len(ball) == 5
+    side = pack.core.sh.direction(light, head.light_mean)[:, 0]
+    assert (side.diff() > 0).all() and side[0] < -0.7 and side[4] > 0.7 and abs(side[2]) < 0.1
+    for i, azimuth in ((0, -80.0), (4, 80.0)):  # both ends are reached
+        alone = pack.run("SHLightEdit", azimuth=azimuth, elevation=15.0, **how)[1]
+        torch.testing.assert_close(light[i : i + 1], alone)
+    circle = pack.run("LightOrbit", frames=8, start=0.0, arc=360.0, **how)[0]
+    step = (circle - circle.roll(1, 0)).flatten(1).norm(dim=1)
+    assert step.min() > 0 and step.max() < 3 * step.min()  # the last one leads on to the first
+    back = pack.run("LightOrbit", frames=5, start=80.0, arc=-160.0, **how)[0]
+    torch.testing.assert_close(back.flip(0), light)
+    assert torch.isfinite(pack.run("LightOrbit", frames=1, **how)[0]).all()
+    with pytest.raises(ValueError, match="'face_code' holds 2 faces"):
+        pack.run("LightOrbit", face_model=head, face_code=face[3].expand(2))
+    with pytest.raises(ValueError, match="'flame' head"):
+        pack.run("LightOrbit", face_model=head, face_code=face[3].replace(head="flame"))
+
+
+def test_mixed_lights(pack, head, face):
+    a, b = pack.run("LightOrbit", face_model=head, face_code=face[3], frames=2)[0].split(1)
+    half = pack.run("MixLights", light_a=a, light_b=b)[0]
+    torch.testing.assert_close(half, (a + b) / 2)
+    sequence, ball = pack.run("MixLights", light_a=a, light_b=b, mode="sequence", frames=5)
+    torch.testing.assert_close(sequence[[0, 2, 4]], torch.cat([a, half, b]))
+    assert len(ball) == 5
+    arc = pack.run("MixLights", light_a=a, light_b=b, mode="sequence, spherical", frames=5)[0]
+    torch.testing.assert_close(arc[[0, 4]], torch.cat([a, b]))
+    assert arc[2].norm() > half.norm()  # the chord is shorter than the arc
+    sh = pack.core.sh
+    lamp = sh.encode_light(sh.from_direction(torch.tensor([[0.0, 0.0, 1.0]]), ambient=0.3))
+    twice = pack.run("MixLights", light_a=lamp, light_b=lamp, mode="add lamps", weight_a=1.0, weight_b=1.0)[0]
+    torch.testing.assert_close(
+        twice, lamp * 2 ** (1 / 2.2), atol=0.01, rtol=0.01
+    )  # double light is gamma 2.2
+    with pytest.raises(ValueError, match="'light_b' holds NaN"):
+        pack.run("MixLights", light_a=a, light_b=b * float("nan"))
+    with pytest.raises(ValueError, match="a sequence goes from one light"):
+        pack.run("MixLights", light_a=torch.cat([a, b]), light_b=b, mode="sequence")
+    with pytest.raises(ValueError, match="both weights are 0"):
+        pack.run("MixLights", light_a=a, light_b=b, weight_a=0.0, weight_b=0.0)
+    with pytest.raises(ValueError, match="'light_b' holds 2"):
+        pack.run("MixLights", light_a=a.expand(3, -1, -1), light_b=torch.cat([a, b]))
+    with pytest.raises(ValueError, match="light holds NaN"):
+        pack.run("SHLightEdit", face_model=head, face_code=face[3], light=a * float("nan"))
