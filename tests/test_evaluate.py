@@ -35,6 +35,7 @@ def tools(head):
 def quick(monkeypatch):
     """Few steps, whatever the picture looks like."""
     monkeypatch.setattr(pipeline, "to_noise", partial(pipeline.to_noise, steps="quad5", solver="heun"))
+    monkeypatch.setattr(pipeline, "refine", partial(pipeline.refine, steps="quad5"))
     monkeypatch.setattr(pipeline, "paint", partial(pipeline.paint, steps="2", solver="ddim"))
 
 
@@ -194,7 +195,7 @@ def test_inversions_are_shared(tools, quick, monkeypatch):
 
     monkeypatch.setattr(pipeline, "to_noise", counted)
     outs = evaluate_pairs.by_relight(pair, tools)
-    assert casts == [True, False] and len(outs) == 6
+    assert casts == [True, False] and len(outs) == 9
     assert all(out.shape == pair.truth.shape for out in outs.values())
 
 
@@ -244,7 +245,7 @@ def test_shadow_response_of_a_synthetic_relighter(head, tools, folder, monkeypat
     photos = evaluate_photos.photos(data.Dataset.open(folder))
 
     class Ideal:
-        def __init__(self, tools, portrait):
+        def __init__(self, tools, portrait, refined):
             self.portrait = portrait
 
         def shadowed(self, light, scalars):
@@ -268,19 +269,20 @@ def test_the_whole_command(tools, folder, quick, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "SHEET", 1)
     out, sheets = tmp_path / "out" / "evaluation.md", tmp_path / "sheets"
     words = f"evaluate --rig {tmp_path}/rig.safetensors --relight {tmp_path}/relight.safetensors"
-    words += f" --pairs 1 --fitted --photos {folder} --count 1 --out {out} --sheets {sheets}"
+    words += f" --pairs 1 --photos {folder} --count 1 --out {out} --sheets {sheets}"
     monkeypatch.setattr(sys, "argv", words.split())
     evaluate.main()
     text = out.read_text()
     assert text in capsys.readouterr().out
-    assert "DiFaReli: step 5, 32 px" in text and "codes fitted" in text
+    assert "DiFaReli: step 5, 32 px" in text and "codes true" in text
     names = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
-    for name in ("ratio image", "DiffusionRig", "DiFaReli", "DiFaReli, guidance 2", "ratio image"):
+    for name in ("ratio image", "DiffusionRig", "DiFaReli", "DiFaReli, guidance 2"):
         assert name in names
     (outside,) = (line for line in text.splitlines() if "background outside the mask" in line)
-    assert outside.split("|")[2:4] == [" 0.000 ", " 0.000 "]
+    assert outside.split("|")[2:5] == [" 0.000 "] * 3
     assert out.with_suffix(".png").exists()
-    assert {p.name for p in sheets.iterdir()} == {"lights.png", "shadows.png"}
+    names = ("lights", "shadows", "lights_from_ratio", "shadows_from_ratio")
+    assert {p.name for p in sheets.iterdir()} == {f"{n}.png" for n in names}
 
 
 def test_sheets_need_photos(monkeypatch, capsys, tmp_path):

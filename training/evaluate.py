@@ -19,6 +19,7 @@ from training.demo import write
 from training.measures import table
 
 SHEET = 10  # photos on a sheet
+RELIGHTERS = ("DiFaReli", "DiFaReli from the ratio image")
 
 
 def load(rig: Path | None, relight: Path | None) -> tuple[evaluate_pairs.Tools, str]:
@@ -33,25 +34,31 @@ def load(rig: Path | None, relight: Path | None) -> tuple[evaluate_pairs.Tools, 
     return tools, "; ".join(parts) + "."
 
 
+def beside(*tables: list[list]) -> list[list]:
+    """Tables of the same measures as one."""
+    return [[rows[0][0], *(row[1] for row in rows)] for rows in zip(*tables, strict=True)]
+
+
 def of_photos(tools: evaluate_pairs.Tools, photos: Dataset, count: int) -> list[str]:
     """The two tables of photos, as lines."""
     picks = evaluate_photos.spread(photos, count)
     methods = (
         lambda p, lights: evaluate_photos.by_rig(tools, p, lights),
         lambda p, lights: evaluate_photos.Relighter(tools, p).under(lights),
+        lambda p, lights: evaluate_photos.Relighter(tools, p, refined=True).under(lights),
     )
-    rig, relight = (evaluate_photos.on_photos(tools.head, photos, picks, m) for m in methods)
-    rows = [[*a, b[1]] for a, b in zip(rig, relight, strict=True)]
+    rows = beside(*(evaluate_photos.on_photos(tools.head, photos, picks, m) for m in methods))
     scalars = evaluate_photos.scalar_range(tools.judge, photos, photos.size[0])
-    shadows = evaluate_photos.shadow_response(tools, photos, picks, scalars)
+    jobs = (tools, photos, picks, scalars)
+    shadows = beside(*(evaluate_photos.shadow_response(*jobs, refined=r) for r in (False, True)))
     return [
         f"{len(picks)} validation photos, {len(evaluate_photos.ASKED)} lights each:",
         "",
-        table(["measure", "DiffusionRig", "DiFaReli"], rows),
+        table(["measure", "DiffusionRig", *RELIGHTERS], rows),
         "",
         "DiFaReli's shadow scalar, raised under a light from the side:",
         "",
-        table(["change", "mean"], shadows),
+        table(["change", *RELIGHTERS], shadows),
         "",
     ]
 
@@ -67,7 +74,7 @@ def main() -> None:
     parser.add_argument("--fitted", action="store_true", help="fit faces and lights of the pairs")
     parser.add_argument("--count", type=int, default=12, help="validation photos; 0 for none")
     parser.add_argument("--out", type=Path, help="Markdown file to write; a picture of pairs goes beside it")
-    parser.add_argument("--sheets", type=Path, help="folder for lights.png and shadows.png of photos")
+    parser.add_argument("--sheets", type=Path, help="folder for sheets of photos: lights*.png, shadows*.png")
     args = parser.parse_args()
     if args.sheets and not args.photos:
         parser.error("--sheets shows photos: name a dataset with --photos")
@@ -94,9 +101,11 @@ def main() -> None:
     if args.sheets:
         args.sheets.mkdir(parents=True, exist_ok=True)
         scalars = evaluate_photos.scalar_range(tools.judge, photos, photos.size[0])
-        pages = evaluate_photos.sheets(tools, photos, evaluate_photos.spread(photos, SHEET), scalars)
-        for name, page in zip(("lights", "shadows"), pages):
-            write(page, args.sheets / f"{name}.png")
+        jobs = (tools, photos, evaluate_photos.spread(photos, SHEET), scalars)
+        for refined in (False, True):
+            pages = evaluate_photos.sheets(*jobs, refined=refined)
+            for name, page in zip(("lights", "shadows"), pages):
+                write(page, args.sheets / f"{name}{'_from_ratio' * refined}.png")
 
 
 if __name__ == "__main__":

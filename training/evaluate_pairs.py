@@ -16,6 +16,7 @@ from tqdm import tqdm
 from rig_core import align, buffers, pipeline
 from rig_core.estimators import landmark_fit, landmarks, shadow
 from rig_core.face import FaceCode
+from rig_core.ratio import ratio_image
 from training import synth
 from training.measures import psnr, skin_error, ssim
 
@@ -123,7 +124,8 @@ def by_rig(pair: Pair, tools: Tools) -> dict[str, Tensor]:
 
 
 def by_relight(pair: Pair, tools: Tools) -> dict[str, Tensor]:
-    """DiFaReli as it is by default, and with each of its options; all but one from one inversion."""
+    """DiFaReli from the inverted photo, and with each option, all but one from one inversion; and from the
+    ratio image (`pipeline.refine`), which is a row of its own too."""
     model, head, image = tools.relight, tools.head, pair.source.image
     portrait, light = at_size(pair.source, model.config.image_size), pair.target.light
     subject = pipeline.describe(head, portrait, tools.recognise, tools.judge)
@@ -143,7 +145,15 @@ def by_relight(pair: Pair, tools: Tools) -> dict[str, Tensor]:
         edit = pipeline.relight(*job, light, noise=noise, guidance=g)
         out[f"DiFaReli, guidance {g:g}"] = pipeline.paste(image, portrait, edit)
     edit = pipeline.relight(*job, light, noise=pipeline.to_noise(*job, cast=False), cast=False)
-    return out | {"DiFaReli, no cast-shadow map": pipeline.paste(image, portrait, edit)}
+    out["DiFaReli, no cast-shadow map"] = pipeline.paste(image, portrait, edit)
+    edit = pipeline.refine(*job, light, torch.cat([subject.shadow, true_scalar]))
+    pasted = pipeline.paste(image, portrait, edit)
+    start = replace(edit, image=ratio_image(head, portrait.image, portrait.code, light, subject.matte))
+    return out | {
+        "ratio image, with the hair": pipeline.paste(image, portrait, start),
+        "DiFaReli from there": pasted[:1],
+        "DiFaReli from there, the truth's shadow scalar": pasted[1:],
+    }
 
 
 METHODS = (baselines, by_rig, by_relight)

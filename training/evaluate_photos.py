@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -74,25 +75,26 @@ def by_rig(tools: Tools, portrait: pipeline.Portrait, lights: Tensor) -> Relit:
 
 
 class Relighter:
-    """DiFaReli on one photo: described and inverted once."""
+    """DiFaReli on one photo: described and inverted once; refined: from the ratio image instead."""
 
-    def __init__(self, tools: Tools, portrait: pipeline.Portrait):
+    def __init__(self, tools: Tools, portrait: pipeline.Portrait, refined: bool = False):
         self.portrait, self.small = portrait, at_size(portrait, tools.relight.config.image_size)
         subject = pipeline.describe(tools.head, self.small, tools.recognise, tools.judge)
         self.job = (tools.relight, tools.head, self.small, subject)
-        self.noise: samplers.Inversion = pipeline.to_noise(*self.job)
+        noise: samplers.Inversion | None = None if refined else pipeline.to_noise(*self.job)
+        self.relight = pipeline.refine if refined else partial(pipeline.relight, noise=noise)
 
     def under(self, lights: Tensor) -> Relit:
         """Lights [N,9,3], with the photo's own shadow scalar."""
         every = torch.cat([self.small.code.light, lights])
-        edit = pipeline.relight(*self.job, every, noise=self.noise)
+        edit = self.relight(*self.job, every)
         back, edit = psnr(edit.image[:1], self.small.image), replace(edit, image=edit.image[1:])
         result = pipeline.paste(self.portrait.image, self.small, edit)
         return Relit(result, back, touched(self.portrait, self.small, edit))
 
     def shadowed(self, light: Tensor, scalars: Tensor) -> Tensor:
         """[K,3,H,W] under one light [1,9,3] with the shadow scalars [K,1]."""
-        edit = pipeline.relight(*self.job, light, scalars, self.noise)
+        edit = self.relight(*self.job, light, scalars)
         return pipeline.paste(self.portrait.image, self.small, edit)
 
 
@@ -174,7 +176,9 @@ def in_shadow(head, code, light: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def shadow_response(tools: Tools, dataset: Dataset, picks: list[int], scalars: Tensor) -> list[list]:
+def shadow_response(
+    tools: Tools, dataset: Dataset, picks: list[int], scalars: Tensor, refined: bool = False
+) -> list[list]:
     """Rows: how pictures answer to the shadow scalar [K,1] under a light from one side."""
     covered, lit, monotone = [], [], []
     for k, i in enumerate(tqdm(picks, desc="shadows", unit="photo")):
@@ -183,7 +187,7 @@ def shadow_response(tools: Tools, dataset: Dataset, picks: list[int], scalars: T
         inside, open_ = in_shadow(tools.head, portrait.code, light)
         if inside.mean() < LEAST:
             continue
-        result = Relighter(tools, portrait).shadowed(light, scalars)
+        result = Relighter(tools, portrait, refined).shadowed(light, scalars)
         values = brightness(result, inside)
         covered.append(response(scalars, values))
         lit.append(response(scalars, brightness(result, open_)))
@@ -203,12 +207,14 @@ def shadow_response(tools: Tools, dataset: Dataset, picks: list[int], scalars: T
 
 
 @torch.no_grad()
-def sheets(tools: Tools, dataset: Dataset, picks: list[int], scalars: Tensor) -> tuple[Tensor, Tensor]:
+def sheets(
+    tools: Tools, dataset: Dataset, picks: list[int], scalars: Tensor, refined: bool = False
+) -> tuple[Tensor, Tensor]:
     """[3,H,W] each, a photo a row: as it is and under the lights SHOWN; as it is and with the scalars."""
     lights, shadows = [], []
     for k, i in enumerate(tqdm(picks, desc="sheets", unit="photo")):
         portrait = portrait_of(dataset, i)
-        relighter, own = Relighter(tools, portrait), portrait.code.light
+        relighter, own = Relighter(tools, portrait, refined), portrait.code.light
         side = lights_at(tools.head, own, [(-50.0, 30.0) if k % 2 else (50.0, 30.0)])
         for rows, out in (
             (lights, relighter.under(lights_at(tools.head, own, SHOWN)).result),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rig_core import gain, sh
+from rig_core import align, sh
 from rig_core.estimators import landmarks
 
 
@@ -59,7 +59,7 @@ def drift(before: Tensor, after: Tensor) -> Tensor:
 def brightness(image: Tensor, mask: Tensor) -> Tensor:
     """Mean luminance below a mask in linear light, [B]."""
     weights = image.new_tensor(sh.LUMINANCE)[:, None, None]
-    y = (gain.to_linear(image) * weights).sum(1, keepdim=True)
+    y = (align.to_linear(image) * weights).sum(1, keepdim=True)
     return (y * mask).sum((1, 2, 3)) / mask.expand_as(y).sum((1, 2, 3)).clamp_min(1e-6)
 
 
