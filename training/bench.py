@@ -196,6 +196,30 @@ def bench_face(head, model: DiffusionRig, photo: Tensor, repeats: int) -> list[R
     ]
 
 
+def bench_relighting(rows: list[Row], head, photo: Tensor, repeats: int, quick: bool) -> str:
+    """DiFaReli: its steps, added to the rows, and its own tables as Markdown."""
+    from training import bench_relight as relight
+
+    model, name = relight.default_model()
+    model = model.to(photo.device).eval().requires_grad_(False)
+    for size in (64, 128, 256):
+        rows.append(relight.bench_step(model, name, size, repeats, photo.device))
+    official = relight.DiFaReli(relight.RelightConfig()).eval().requires_grad_(False)
+    official = official.to(photo.device, memory_format=torch.channels_last)
+    for size in (64, 128) if quick else (64, 128, 256):
+        few, what = max(3, repeats // 3), "official DiFaReli size (149 M), random weights"
+        rows.append(relight.bench_step(official, what, size, few, photo.device))
+    del official
+    edits, published = relight.bench_edits(model, head, photo, max(2, repeats // 4))
+    return "\n\n".join(
+        [
+            relight.edit_table(edits, published),
+            relight.explain(published, name, model.config.image_size),
+            relight.memory_table(),
+        ]
+    )
+
+
 def describe() -> str:
     """The machine in a line."""
     name = platform.processor() or platform.machine()
@@ -261,7 +285,9 @@ def main() -> None:
             rows.append(
                 bench_denoiser(official, "official size (133 M), random weights", size, few, args.device)
             )
-    text = f"{title}\n\n{table(rows)}\n"
+        del official
+        relit = bench_relighting(rows, head, photo, repeats, args.quick)
+    text = f"{title}\n\n{table(rows)}\n\n{relit}\n"
     print(text)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
