@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from rig_core import checkpoints
+from rig_core.denoisers.relight import DiFaReli, RelightConfig, start_open
 from rig_core.denoisers.rig import DiffusionRig, RigConfig
 from training import demo
 
@@ -16,20 +17,25 @@ def test_demo_writes_every_edit_and_leaves_the_rest_of_the_photo(tmp_path, monke
     model = DiffusionRig(RigConfig(64, 32, (1, 2), 1, (), 1, 0.0, 8, 8, 16))
     torch.nn.init.normal_(model.denoisingUNet.out[2].weight, std=0.02)
     checkpoints.save_denoiser(tmp_path / "tiny.safetensors", model)
+    relight = start_open(DiFaReli(RelightConfig(64, 32, (1, 2), 1, (), 1, 0.0, 8, 241, 16)))
+    torch.nn.init.normal_(relight.ImgCond.out[2].weight, std=0.02)
+    checkpoints.save_denoiser(tmp_path / "tiny relight.safetensors", relight)
     photo = checkpoints.ASSETS / "astronaut.jpg"
     out = tmp_path / "out"
     arguments = ["demo", str(photo), "--rig", str(tmp_path / "tiny.safetensors"), "--out", str(out)]
+    arguments += ["--relight", str(tmp_path / "tiny relight.safetensors")]
     monkeypatch.setattr(sys, "argv", arguments)
     demo.main()
-    titles = [*demo.LIGHTS, *demo.TURNS]
+    titles = [*demo.LIGHTS, *demo.TURNS, *demo.RELIGHTS, *demo.SHADOWS]
     before = np.array(Image.open(photo).convert("RGB"))
     for title in titles:
         after = np.array(Image.open(out / f"astronaut {title}.png"))
         assert after.shape == before.shape
         assert np.array_equal(after[300:], before[300:])  # the suit, far below the face
-        assert (after[60:200, 160:280] != before[60:200, 160:280]).mean() > 0.3
+        changed = (after[60:200, 160:280] != before[60:200, 160:280]).mean()
+        assert changed > (0.02 if title in demo.SHADOWS else 0.3)
     page = Image.open(out / "sheet.png")
-    assert page.size == (demo.SIDE * (2 + len(titles)), demo.SIDE + 22)
+    assert page.size == (demo.SIDE * 8, 2 * (demo.SIDE + 22))
     assert "1 photos" in capsys.readouterr().out
 
 
