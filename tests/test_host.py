@@ -56,7 +56,7 @@ class Comfy:
         assert self.loop.run_until_complete(nodes.load_custom_node(str(ROOT)))
         self.seconds = time.process_time() - start
         extras = Path(COMFYUI) / "comfy_extras"
-        for file in ("nodes_chroma_radiance.py", "nodes_custom_sampler.py"):
+        for file in ("nodes_chroma_radiance.py", "nodes_custom_sampler.py", "nodes_images.py"):
             assert self.loop.run_until_complete(nodes.load_custom_node(str(extras / file)))
         self.pack = sys.modules[str(ROOT).replace(".", "_x_")]
         self.core = sys.modules[self.pack.__name__ + ".rig_core"]
@@ -88,12 +88,23 @@ def host(tmp_path_factory):
     net = rig.DiffusionRig(rig.RigConfig(SIZE, 32, (1, 1, 2), 1, (16,), latent_dim=16, encoder_width=8))
     torch.nn.init.normal_(net.denoisingUNet.out[2].weight, std=0.02)
     host.core.checkpoints.save_denoiser(host.base / "models" / "face_rig" / "tiny.safetensors", net)
+    r = host.core.denoisers.relight
+    sizes = {"num_heads": 1, "norm_groups": 8, "cond_dim": 241, "proj_dim": 16}
+    net = r.start_open(r.DiFaReli(r.RelightConfig(SIZE, 32, (1, 1, 2), 1, (16,), **sizes)))
+    torch.nn.init.normal_(net.ImgCond.out[2].weight, std=0.02)
+    for block in net.ImgCond.res_blocks:  # these start at 0, and the vector would not show
+        torch.nn.init.normal_(block.out_layers[3].weight, std=0.1)
+    host.core.checkpoints.save_denoiser(host.base / "models" / "face_rig" / "relight.safetensors", net)
     return host
+
+
+def load_graph(name: str) -> dict:
+    return json.loads((ROOT / "tests" / "api" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
 def graph() -> dict:
-    return json.loads((ROOT / "tests" / "api" / "relight_default.json").read_text(encoding="utf-8"))
+    return load_graph("relight_default")
 
 
 def of_type(graph: dict, class_type: str) -> dict:
@@ -116,7 +127,7 @@ def test_model_folder_is_listed_beside_what_the_user_named(host):
     import folder_paths
 
     folders, extensions = folder_paths.folder_names_and_paths["face_rig"]
-    assert str(host.base / "models" / "face_rig") in folders and extensions == {".safetensors", ".pt"}
+    assert str(host.base / "models" / "face_rig") in folders and {".safetensors", ".pt", ".pth"} < extensions
     assert "tiny.safetensors" in folder_paths.get_filename_list("face_rig")
 
 
@@ -182,21 +193,27 @@ def test_errors_reach_the_user_with_the_node_and_the_input(host, graph):
 
 
 def test_the_hosts_euler_on_our_model_is_our_ddim(host):
-    import comfy.sample
-    import comfy.samplers
-
     core = host.core
     model, size = host.node("LoadDiffusionRig", file="tiny.safetensors")
     assert size == SIZE
     generator = torch.Generator().manual_seed(3)
     physical, photo, noise = (torch.randn(2, c, SIZE, SIZE, generator=generator) for c in (9, 3, 3))
-    rig, ours = model.model.diffusion_model.rig, sys.modules[host.pack.__name__ + ".nodes.host"]
+    rig, ours = model.model.diffusion_model.net, sys.modules[host.pack.__name__ + ".nodes.sockets"]
     condition = rig.condition(physical, photo.clamp(-1, 1))
+    fields = (condition.physical, condition.code, condition.gain, condition.offset)
+    conditioning = ours.conditioning(core.denoisers.rig.DiffusionRig, *fields)
+    assert_euler_is_ddim(host, model, rig, noise, condition, conditioning)
+
+
+def assert_euler_is_ddim(host, model, net, noise, condition, conditioning):
+    import comfy.sample
+    import comfy.samplers
+
+    core = host.core
     schedule = core.diffusion.respace(core.diffusion.linear_schedule(), "quad20")
-    want = core.samplers.sample(rig, noise, condition, schedule, "ddim", clip=False)
+    want = core.samplers.sample(net, noise, condition, schedule, "ddim", clip=False)
     sigmas = model.get_model_object("model_sampling").sigmas
     sigmas = torch.cat([sigmas[schedule.timesteps].flip(0), torch.zeros(1)])
-    conditioning = ours.conditioning(condition)
     with torch.inference_mode():
         got = comfy.sample.sample_custom(
             model,
@@ -209,6 +226,102 @@ def test_the_hosts_euler_on_our_model_is_our_ddim(host):
             torch.zeros_like(noise),
         )
     assert (got - want).norm() / want.norm() < 1e-4
+
+
+def test_the_hosts_euler_on_difareli_is_our_ddim(host):
+    core, ours = host.core, sys.modules[host.pack.__name__ + ".nodes.sockets"]
+    model, size = host.node("LoadDiFaReli", file="relight.safetensors", modulator="beside it, same name")
+    assert size == SIZE
+    generator = torch.Generator().manual_seed(4)
+    spatial, noise = (torch.randn(2, c, SIZE, SIZE, generator=generator) for c in (6, 3))
+    vector = torch.randn(1, 241, generator=generator)  # shared by both
+    net = model.model.diffusion_model.net
+    conditioning = ours.conditioning(core.denoisers.relight.DiFaReli, spatial, vector)
+    assert_euler_is_ddim(host, model, net, noise, net.condition(spatial, vector), conditioning)
+
+
+DIFARELI = ["difareli_relight", "difareli_copy_light", "difareli_shadow_strength", "difareli_light_orbit"]
+HAVE_DEFAULT = (ROOT / "rig_core" / "assets" / "difareli_128.safetensors").is_file()
+
+
+def with_difareli(graph: dict, file: str) -> dict:
+    """The workflow with a model file, as few frames and steps as a random one is worth."""
+    of_type(graph, "FaceRig_LoadDiFaReli")["inputs"]["file"] = file
+    if "default" not in file:
+        of_type(graph, "FaceRig_DDIMInvert")["inputs"]["preset"] = "fast (20+20)"
+    return graph
+
+
+@pytest.mark.parametrize("file", ["relight.safetensors"] + ["default (in the pack)"] * HAVE_DEFAULT)
+@pytest.mark.parametrize("name", DIFARELI)
+def test_difareli_workflows_run_to_saved_images(host, name, file):
+    graph = with_difareli(load_graph(name), file)
+    ok, messages, outputs = host.run(graph)
+    assert ok, messages[-1]
+    saved = next(o["images"] for k, o in outputs.items() if graph[k]["class_type"] == "SaveImage")
+    want = {"difareli_shadow_strength": 5, "difareli_light_orbit": 16}
+    assert len(saved) == want.get(name, 1)
+    photo = np.asarray(Image.open(ROOT / "rig_core" / "assets" / "astronaut.jpg").convert("RGB"), float)
+    results = [
+        np.asarray(Image.open(host.base / "output" / s["subfolder"] / s["filename"]).convert("RGB"), float)
+        for s in saved
+    ]
+    for result in results:
+        assert result.shape == photo.shape
+        assert (np.abs(result - photo).max(2) == 0).mean() > 0.6  # all that is not near the head
+    if "default" in file:
+        assert np.abs(results[-1] - photo).max() > 15  # of 255: the face is lit anew
+    if name == "difareli_shadow_strength":
+        assert np.abs(results[0] - photo).max() <= 1  # no edit; sampled in a batch, which rounds otherwise
+    assert not np.array_equal(results[0], results[-1]) or len(results) == 1
+
+
+def test_only_the_light_changes_only_the_relight_runs(host):
+    graph = with_difareli(load_graph("difareli_relight"), "relight.safetensors")
+    kinds = {k: n["class_type"].removeprefix("FaceRig_") for k, n in graph.items()}
+    ok, messages, _ = host.run(graph)
+    assert ok, messages[-1]
+    of_type(graph, "FaceRig_SHLightEdit")["inputs"]["azimuth"] = -35.0
+    ok, messages, _ = host.run(graph)
+    assert ok, messages[-1]
+    cached = next(data["nodes"] for event, data in messages if event == "execution_cached")
+    ran = sorted(kinds[k] for k in graph.keys() - set(cached))
+    assert ran == ["ConditionedSample", "DiFaReliCondition", "PasteBack", "SHLightEdit", "SaveImage"]
+
+
+def test_stop_within_a_step_of_the_inversion(host):
+    import comfy.model_management
+    import comfy.utils
+
+    graph = with_difareli(load_graph("difareli_relight"), "relight.safetensors")
+    of_type(graph, "FaceRig_DDIMInvert")["inputs"]["preset"] = "official 1000"
+    steps = []
+
+    def hook(value, total, preview, node_id=None):
+        if total == 2000:
+            steps.append((value, preview[0]))
+        if len(steps) == 3:
+            comfy.model_management.interrupt_current_processing()
+
+    comfy.utils.set_progress_bar_global_hook(hook)
+    try:
+        ok, messages, _ = host.run(graph)
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+    assert not ok and messages[-1][0] == "execution_interrupted"
+    assert steps == [(1, "JPEG"), (2, "JPEG"), (3, "JPEG")]
+
+
+def test_difarelis_errors_name_the_node_and_what_to_do(host):
+    graph = with_difareli(load_graph("difareli_relight"), "tiny.safetensors")
+    ok, messages, _ = host.run(graph)
+    assert not ok and messages[-1][1]["node_type"] == "FaceRig_LoadDiFaReli"
+    assert "expected a DiFaReli denoiser" in messages[-1][1]["exception_message"]
+    graph = with_difareli(load_graph("difareli_relight"), "relight.safetensors")
+    of_type(graph, "FaceRig_ConditionedSample")["inputs"]["preset"] = "balanced (quad49 ab2)"
+    ok, messages, _ = host.run(graph)
+    assert not ok and messages[-1][1]["node_type"] == "FaceRig_ConditionedSample"
+    assert "'noise' was made with quad20 steps of ab2" in messages[-1][1]["exception_message"]
 
 
 def test_the_hosts_ksampler_paints_on_our_model(host, graph):

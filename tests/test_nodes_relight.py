@@ -25,6 +25,8 @@ def relit(pack):
     )
     net = r.start_open(r.DiFaReli(config))
     torch.nn.init.normal_(net.ImgCond.out[2].weight, std=0.02)
+    for block in net.ImgCond.res_blocks:  # these start at 0, and the vector would not show
+        torch.nn.init.normal_(block.out_layers[3].weight, std=0.1)
     path = pack.host.folder / "models" / "face_rig" / "relight.safetensors"
     pack.core.checkpoints.save_denoiser(path, net)
     model, size = pack.run("LoadDiFaReli", file="relight.safetensors")
@@ -196,6 +198,11 @@ def test_strengths_are_a_batch_from_no_change_to_all_of_it(pack, told):
     assert len(spatial) == 1 and len(vector) == 5
     torch.testing.assert_close(vector[:, -1], told["shadow"] + torch.linspace(0, 4, 5))
     assert (vector[:, :-1] == vector[:1, :-1]).all()
+    relit = told["model"]
+    painted = pack.run("ConditionedSample", model=relit, conditioning=conditioning, steps=3, preset="custom")[
+        0
+    ]
+    assert len(painted) == 5 and (painted.diff(dim=0).flatten(1).abs().amax(1) > 1e-4).all()
     one = pack.run("DiFaReliCondition", shadow_change=-2.0, **told)[0][0][1]["relight_vector"]
     assert float(one[0, -1]) == pytest.approx(told["shadow"] - 2, abs=1e-4)
 
