@@ -27,9 +27,8 @@ SPACING = io.Combo.Input(
     options=["quad", "even"],
     default="quad",
     tooltip=(
-        "For custom. Where the steps lie: quad puts most of them near the picture (best for ab2 and heun), "
-        "even "
-        "spreads them."
+        "For custom. Where the steps lie: quad puts most of them near the picture (best for ab2 and "
+        "heun), even spreads them."
     ),
 )
 
@@ -79,8 +78,7 @@ class DiffusionRigCondition(io.ComfyNode):
             category="Face Rig/diffusion",
             description=(
                 "What the denoiser is told: the buffers (geometry, light, albedo) and a global code of "
-                "the photo "
-                "(hair, background, everything else). Computed once, not once per step."
+                "the photo (hair, background, everything else). Computed once, not once per step."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="From Load DiffusionRig."),
@@ -110,8 +108,7 @@ class DiffusionRigCondition(io.ComfyNode):
             if tuple(got.shape[2:]) != (size, size):
                 raise ValueError(
                     f"'{name}' is {got.shape[3]} x {got.shape[2]} pixels, this DiffusionRig works at "
-                    f"{size} x {size}: "
-                    f"set the size of Align Face to {size}"
+                    f"{size} x {size}: set the size of Align Face to {size}"
                 )
         n = max(len(x), len(buffers))
         x, buffers = host.repeat(x, n, "image"), host.repeat(buffers, n, "buffers")
@@ -141,9 +138,8 @@ class DDIMInvert(io.ComfyNode):
                     options=["ab2", "ddim", "heun"],
                     default="ab2",
                     tooltip=(
-                        "For custom. ab2: second order, one evaluation a step. heun: two a step, for under "
-                        "15 "
-                        "steps. ddim: first order."
+                        "For custom. ab2: second order, one evaluation a step. heun: two a step, for "
+                        "under 15 steps. ddim: first order."
                     ),
                 ),
                 SPACING,
@@ -154,8 +150,7 @@ class DDIMInvert(io.ComfyNode):
                     default=BALANCED,
                     tooltip=(
                         "fast: 20 evaluations. balanced: 49. official: all 1000 steps of ddim with mean "
-                        "matching, "
-                        "as published. custom: steps, solver and spacing as set here."
+                        "matching, as published. custom: steps, solver and spacing as set here."
                     ),
                 ),
                 io.Boolean.Input(
@@ -163,8 +158,7 @@ class DDIMInvert(io.ComfyNode):
                     default=False,
                     tooltip=(
                         "Also correct the drift of each channel's mean, for as many evaluations again "
-                        "(always "
-                        "with official): for very dark or bright photos."
+                        "(always with official): for very dark or bright photos."
                     ),
                 ),
                 io.Boolean.Input(
@@ -204,38 +198,36 @@ class DDIMInvert(io.ComfyNode):
         if (height, width) != given.size:
             raise ValueError(
                 f"'image' is {width} x {height} pixels, the conditioning is of {given.size[1]} x "
-                f"{given.size[0]}"
-                ": connect the same aligned picture to both"
+                f"{given.size[0]}: connect the same aligned picture to both"
             )
         match = match_means or preset == OFFICIAL
         if match and hidden is not None:
             raise ValueError("'hidden' and mean matching do not go together: switch 'match_means' off")
-        fresh = _random(seed, 1, height, width)
-        where = torch.zeros(1, 1, 1, 1) if hidden is None else host.mask_pictures(hidden, "hidden", height)
-        where = host.repeat(where, n, "hidden").to(x)
+        new = (
+            None if hidden is None else host.repeat(host.mask_pictures(hidden, "hidden", height), n, "hidden")
+        )
         parts, schedule = host.batches(model, n, height, width), _schedule(spec)
         progress = host.Progress((1 + (match or paint_back)) * len(schedule) * len(parts))
+        how = {"schedule": schedule, "solver": solver, "callback": progress.callback}
         noise, shifts, before = [], [], []
         for p in parts:
             c, back = given.part(net, p), x[p]
             if match:
-                x_T, shift = samplers.invert_matched(
-                    net, x[p], c, schedule, solver, callback=progress.callback
-                )
+                x_T, shift = samplers.invert_matched(net, x[p], c, **how)
                 back = progress.last
                 shifts.append(shift)
             else:
-                x_T = samplers.invert(net, x[p], c, schedule, solver, callback=progress.callback)
-                x_T = x_T if hidden is None else pipeline.variance_mix(x_T, fresh, where[p])
+                x_T = samplers.invert(net, x[p], c, **how)
+                if new is not None:
+                    x_T = pipeline.variance_mix(x_T, _random(seed, 1, height, width), new[p])
                 if paint_back:
-                    back = samplers.sample(net, x_T, c, schedule, solver, callback=progress.callback)
+                    back = samplers.sample(net, x_T, c, **how)
             noise.append(x_T)
             before.append(host.image(back * 0.5 + 0.5))
         before = torch.cat(before)
         found = samplers.Inversion(torch.cat(noise), torch.cat(shifts, 1) if shifts else None, spec, solver)
-        return io.NodeOutput(
-            sockets.noise_latent(found, model), before, ui=ui.PreviewImage(before[:4], cls=cls)
-        )
+        shown = ui.PreviewImage(host.few(before), cls=cls)
+        return io.NodeOutput(sockets.noise_latent(found, model), before, ui=shown)
 
 
 class ConditionedSample(io.ComfyNode):
@@ -262,8 +254,7 @@ class ConditionedSample(io.ComfyNode):
                     default="ab2",
                     tooltip=(
                         "For custom. ab2: second order, one evaluation a step. ddim: first order. heun: "
-                        "two a "
-                        "step. ddpm: random."
+                        "two a step. ddpm: random."
                     ),
                 ),
                 SPACING,
@@ -303,8 +294,8 @@ class ConditionedSample(io.ComfyNode):
                     default=AS_INVERTED,
                     tooltip=(
                         "as inverted: steps and solver that the noise was made with (without noise as "
-                        "custom). "
-                        "fast: 20 evaluations. balanced: 49. official: all 1000. custom: as set here."
+                        "custom). fast: 20 evaluations. balanced: 49. official: all 1000. custom: as set "
+                        "here."
                     ),
                 ),
             ],
@@ -318,41 +309,42 @@ class ConditionedSample(io.ComfyNode):
     ):  # fmt: skip
         net = host.loaded(model)
         given, how = sockets.condition(conditioning, net), _how(preset, steps, solver, spacing)
-        if not 1 <= guidance <= 4:
-            raise ValueError(f"'guidance' lies between 1 and 4, not at {guidance}")
-        before = None
-        if unedited is not None and guidance > 1:
-            before = sockets.condition(unedited, net, "unedited")
-            if len(before) not in (1, len(given)):
-                raise ValueError(
-                    f"'unedited' holds {len(before)} faces, 'conditioning' {len(given)}: give one, or as many"
-                )
+        before = _unedited(unedited, guidance, net, len(given))
         n, (height, width), shifts = len(given), given.size, None
         if noise is None:
-            start = _random(seed, 1 if same_noise else n, height, width)
+            x_T = _random(seed, 1 if same_noise else n, height, width)
         else:
             found = sockets.noise(noise, model, given.size)
-            how = (found.steps, found.solver) if preset == AS_INVERTED else how
-            if how != (found.steps, found.solver):
+            x_T, shifts, made_with = found.x_T, found.shifts, (found.steps, found.solver)
+            how = made_with if preset == AS_INVERTED else how
+            if how != made_with:
                 raise ValueError(
                     f"'noise' was made with {found.steps} steps of {found.solver}, not with {how[0]} of "
-                    f"{how[1]}: "
-                    f"choose '{AS_INVERTED}' as 'preset'"
+                    f"{how[1]}: choose '{AS_INVERTED}' as 'preset'"
                 )
-            start, shifts = found.x_T, found.shifts
-        x_T = host.repeat(start, n, "noise").to(host.device())
+        x_T = host.repeat(x_T, n, "noise").to(host.device())
         generator = torch.Generator().manual_seed(seed + 1)  # of the steps of ddpm
         parts, schedule = host.batches(model, n, height, width), _schedule(how[0])
         progress, made = host.Progress(len(schedule) * len(parts)), []
         for p in parts:
-            net_, c = net, given.part(net, p)
-            if before is not None:
-                net_ = pipeline.guided(net, before.part(net, p), guidance)
-            matched = samplers.Inversion(x_T[p], _rows(shifts, p), *how)
+            f = net if before is None else pipeline.guided(net, before.part(net, p), guidance)
+            correct = samplers.Inversion(x_T[p], _rows(shifts, p), *how).shift
             x = samplers.sample(
-                net_, x_T[p], c, schedule, how[1], generator=generator, callback=progress.callback,
-                correct=matched.shift,
+                f, x_T[p], given.part(net, p), schedule, how[1], generator=generator,
+                callback=progress.callback, correct=correct,
             )  # fmt: skip
             made.append(host.image(x * 0.5 + 0.5))
         out = torch.cat(made)
-        return io.NodeOutput(out, ui=ui.PreviewImage(out[:4], cls=cls))
+        return io.NodeOutput(out, ui=ui.PreviewImage(host.few(out), cls=cls))
+
+
+def _unedited(conditioning, guidance: float, net, n: int):
+    """What guidance leads away from, None without guidance."""
+    if not 1 <= guidance <= 4:
+        raise ValueError(f"'guidance' lies between 1 and 4, not at {guidance}")
+    if conditioning is None or guidance == 1:
+        return None
+    before = sockets.condition(conditioning, net, "unedited")
+    if len(before) not in (1, n):
+        raise ValueError(f"'unedited' holds {len(before)} faces, 'conditioning' {n}: give one, or as many")
+    return before

@@ -29,8 +29,7 @@ class AlignFace(io.ComfyNode):
             category="Face Rig/estimate",
             description=(
                 "Finds the face and cuts it out upright and centred (FFHQ alignment), the way the "
-                "denoisers saw "
-                "faces in training. Paste Back undoes it."
+                "denoisers saw faces in training. Paste Back undoes it."
             ),
             inputs=[
                 io.Image.Input("photo", tooltip="Photos of any size; each gives one face."),
@@ -52,8 +51,8 @@ class AlignFace(io.ComfyNode):
                     default="error",
                     tooltip=(
                         "A picture without a face: stop with an error, take the previous picture's place "
-                        "of the face, "
-                        "or pass the picture through unchanged at Paste Back. The number of pictures stays."
+                        "of the face, or pass the picture through unchanged at Paste Back. The number of "
+                        "pictures stays."
                     ),
                 ),
                 io.Mask.Input(
@@ -100,14 +99,12 @@ def _check_inside(points, size) -> None:
     if (outside > 0.5).any():
         raise ValueError(
             f"the face leaves the photo: only {round((1 - float(outside.max())) * 68)} of its 68 landmarks "
-            f"are "
-            "inside; use a photo that shows the whole face"
+            "are inside; use a photo that shows the whole face"
         )
     if (outside > 0).any():
         host.warn(
             f"a face leaves the photo, {round(float(outside.max()) * 100)} % of its landmarks are outside; "
-            f"the "
-            "missing part is filled with the mirrored photo, and the fit is less sure"
+            "the missing part is filled with the mirrored photo, and the fit is less sure"
         )
 
 
@@ -120,8 +117,7 @@ class FitToLandmarks(io.ComfyNode):
             category="Face Rig/estimate",
             description=(
                 "Fits the 3D head to a photo: shape, expression, pose and camera from 68 landmarks, skin "
-                "and light "
-                "from the pixels."
+                "and light from the pixels."
             ),
             inputs=[
                 sockets.FaceModel.Input("face_model", tooltip="From Load Face Model."),
@@ -187,8 +183,8 @@ class PasteBack(io.ComfyNode):
                     default="ratio",
                     tooltip=(
                         "ratio: the photo times the change of light, sharp at any size. difference: the "
-                        "change "
-                        "is added. replace: the aligned face itself. With 'motion' it is always ratio."
+                        "change is added. replace: the aligned face itself. With 'motion' it is always "
+                        "ratio."
                     ),
                 ),
                 io.Float.Input(
@@ -207,8 +203,7 @@ class PasteBack(io.ComfyNode):
                     step=0.01,
                     tooltip=(
                         "How far beyond 'mask' the edit may show, in sides of the aligned square, so that "
-                        "hair "
-                        "changes with the head. 0: the mask alone. Good: 0..0.15."
+                        "hair changes with the head. 0: the mask alone. Good: 0..0.15."
                     ),
                 ),
                 io.Image.Input(
@@ -228,9 +223,8 @@ class PasteBack(io.ComfyNode):
                     "mask",
                     optional=True,
                     tooltip=(
-                        "The head in the aligned picture (matte of DiFaReli Condition, Face Parse, mask of "
-                        "Render "
-                        "Buffers): the edit shows there and near it. Without it everywhere."
+                        "The head in the aligned picture (matte of DiFaReli Condition, Face Parse, mask "
+                        "of Render Buffers): the edit shows there and near it. Without it everywhere."
                     ),
                 ),
             ],

@@ -96,6 +96,11 @@ def image(x: Tensor) -> Tensor:
     return x.clamp(0, 1).permute(0, 2, 3, 1).to(mm.intermediate_device(), torch.float32).contiguous()
 
 
+def few(x: Tensor, n: int = 4) -> Tensor:
+    """At most n pictures of a batch, evenly chosen, for a preview."""
+    return x[torch.linspace(0, len(x) - 1, min(n, len(x))).round().long().to(x.device)]
+
+
 def mask(x: Tensor) -> Tensor:
     """[B,1,H,W] -> MASK."""
     return x[:, 0].clamp(0, 1).to(mm.intermediate_device(), torch.float32).contiguous()

@@ -115,8 +115,7 @@ class SHLightEdit(io.ComfyNode):
                     default=MODES[0],
                     tooltip=(
                         "model range: the light is brought into the range that the denoiser was trained "
-                        "on (use this). "
-                        "raw: the coefficients of a physical lamp, for experts."
+                        "on (use this). raw: the coefficients of a physical lamp, for experts."
                     ),
                 ),
                 sockets.SHLight.Input(
@@ -247,8 +246,7 @@ class LightOrbit(io.ComfyNode):
                     step=1.0,
                     tooltip=(
                         "Degrees to travel; above 0 towards the right. 360 is a full circle that repeats "
-                        "without "
-                        "a jump; a shorter arc ends exactly there. Good: 120..180, or 360."
+                        "without a jump; a shorter arc ends exactly there. Good: 120..180, or 360."
                     ),
                 ),
                 io.Float.Input(
@@ -301,7 +299,7 @@ class LightOrbit(io.ComfyNode):
             ambient=ambient, softness=softness, mean=head.light_mean, std=head.light_std,
         )  # fmt: skip
         ball = host.image(_ball(light))
-        return io.NodeOutput(host.result(light), ball, ui=ui.PreviewImage(_few(ball), cls=cls))
+        return io.NodeOutput(host.result(light), ball, ui=ui.PreviewImage(host.few(ball, 8), cls=cls))
 
 
 class MixLights(io.ComfyNode):
@@ -322,10 +320,9 @@ class MixLights(io.ComfyNode):
                     options=[WEIGHTED, LAMPS, SEQUENCE, ARC],
                     default=WEIGHTED,
                     tooltip=(
-                        "weighted: the sum with the weights, as the picture's values blend. add lamps: both "
-                        "lamps on, in linear light. sequence: from a to b in 'frames' lights, straight or "
-                        "along "
-                        "an arc (as DiFaReli does)."
+                        "weighted: the sum with the weights, as the picture's values blend. add lamps: "
+                        "both lamps on, in linear light. sequence: from a to b in 'frames' lights, "
+                        "straight or along an arc (as DiFaReli does)."
                     ),
                 ),
                 io.Float.Input(
@@ -378,12 +375,7 @@ class MixLights(io.ComfyNode):
         else:
             raise ValueError(f"'mode' is {WEIGHTED}, {LAMPS}, {SEQUENCE} or {ARC}, not '{mode}'")
         ball = host.image(_ball(light))
-        return io.NodeOutput(host.result(light), ball, ui=ui.PreviewImage(_few(ball), cls=cls))
-
-
-def _few(pictures, n=8):
-    """At most n of them, evenly chosen, for a preview."""
-    return pictures[torch.linspace(0, len(pictures) - 1, min(n, len(pictures))).round().long()]
+        return io.NodeOutput(host.result(light), ball, ui=ui.PreviewImage(host.few(ball, 8), cls=cls))
 
 
 def _ball(light, size=128):

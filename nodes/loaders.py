@@ -206,8 +206,7 @@ class LoadFaceParser(io.ComfyNode):
             category="Face Rig/loaders",
             description=(
                 "Loads the network that names every pixel of a face (BiSeNet, 19 classes). Optional: "
-                "without it "
-                "the head's mask is made from the fitted head and the photo's colours."
+                "without it the head's mask is made from the fitted head and the photo's colours."
             ),
             inputs=[
                 io.Combo.Input(

@@ -128,8 +128,7 @@ class DiFaReliCondition(io.ComfyNode):
             category="Face Rig/diffusion",
             description=(
                 "What DiFaReli is told: a grey head under the light, the photo without the head, and who "
-                "it is. "
-                "Several lights give a batch that shares all but the light."
+                "it is. Several lights give a batch that shares all but the light."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="From Load DiFaReli."),
@@ -150,8 +149,7 @@ class DiFaReliCondition(io.ComfyNode):
                     step=0.25,
                     tooltip=(
                         "Added to 'shadow', in log-odds: above 0 stronger cast shadows, below 0 weaker. "
-                        "Good: "
-                        "-6..6; the sum may be -20 to 20."
+                        "Good: -6..6; the sum may be -20 to 20."
                     ),
                 ),
                 io.Int.Input(
@@ -180,8 +178,7 @@ class DiFaReliCondition(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "Face, neck and hair in the aligned picture, from Face Parse. Without it they are "
-                        "found "
-                        "by the fitted head and the colours."
+                        "found by the fitted head and the colours."
                     ),
                 ),
             ],
@@ -216,31 +213,38 @@ class DiFaReliCondition(io.ComfyNode):
             raise ValueError(
                 f"{len(light)} lights and {len(amounts)} shadows: give one of either, or as many"
             )
-        parts = [slice(i, i + LIGHTS) for i in range(0, len(light), LIGHTS)] if photos == 1 else [None]
-        progress = host.Progress(photos * len(parts))
-        spatial, vector, mattes = [], [], []
+        runs = -(-len(light) // LIGHTS) if photos == 1 else photos
+        progress, spatial, vector, mattes = host.Progress(runs), [], [], []
         for i in range(photos):
             own = slice(i, i + 1)
+            some = slice(None) if photos == 1 else own
             mask = matte.head_matte(head_model, code[i], x[own]) if given is None else given[own]
-            background = conditions.background(x[own], mask)
             portrait = pipeline.Portrait(x[own], None, code[i])
-            some = amounts if photos == 1 else amounts[own]
-            subject = pipeline.Subject(background, embed[own], some, mask)
-            for p in parts:
-                lights = light[own if p is None else p]
-                inputs = pipeline.relight_inputs(net, head_model, portrait, subject, lights, cast=cast_shadow)
-                spatial.append(host.result(inputs[0]))
-                progress.step(inputs[0][:, :3] * 2 - 1)
-            vector.append(host.result(inputs[1]))
+            background = conditions.background(x[own], mask)
+            subject = pipeline.Subject(background, embed[own], amounts[some], mask)
+            seen, said = _tell(net, head_model, portrait, subject, light[some], cast_shadow, progress)
+            spatial.append(seen)
+            vector.append(said)
             mattes.append(mask)
         spatial, vector = torch.cat(spatial), torch.cat(vector)
         _check_vector(vector, net, code, embed)
-        shown = host.image(torch.cat([spatial[:4, :3], spatial[:4, 3:] * 0.5 + 0.5], 3))
+        shown = host.few(spatial)
+        shown = host.image(torch.cat([shown[:, :3], shown[:, 3:] * 0.5 + 0.5], 3))
         return io.NodeOutput(
             sockets.conditioning(DiFaReli, spatial, vector),
             host.mask(torch.cat(mattes)),
             ui=ui.PreviewImage(shown, cls=cls),
         )
+
+
+def _tell(net, head, portrait, subject, light, cast, progress):
+    """Spatial [N,6,s,s] and vector [M,D] of one photo under N lights, some lights at a time."""
+    spatial = []
+    for lights in light.split(LIGHTS):
+        seen, vector = pipeline.relight_inputs(net, head, portrait, subject, lights, cast=cast)
+        spatial.append(host.result(seen))
+        progress.step(seen[:, :3] * 2 - 1)
+    return torch.cat(spatial), host.result(vector)
 
 
 def _squares(image):
@@ -292,7 +296,6 @@ def _check_vector(vector, net, code, embed) -> None:
     if vector.shape[1] != wanted:
         raise ValueError(
             f"the '{code.head}' head gives {vector.shape[1] - embed.shape[1] - 1} numbers and the identity "
-            f"encoder "
-            f"{embed.shape[1]}, with the shadow {vector.shape[1]} in all, but this DiFaReli takes {wanted}: "
-            "use the Load Face Model and Load Identity Encoder files that it was trained with"
+            f"encoder {embed.shape[1]}, with the shadow {vector.shape[1]} in all, but this DiFaReli takes "
+            f"{wanted}: use the Load Face Model and Load Identity Encoder files that it was trained with"
         )
