@@ -49,7 +49,7 @@ WAYS = (
     *(Way(f"AB2, {n} quadratic", "ab2", f"quad{n}") for n in (20, 35, 49)),
     *(Way(f"Heun, {n} quadratic", "heun", f"quad{n}") for n in (10, 12, 20)),
     Way("AB2, 49 quadratic, not clipped", "ab2", "quad49", clip=False),
-    Way("AB2, 49 quadratic, means matched", "ab2", "quad49", match=True),
+    *(Way(f"AB2, {n} quadratic, means matched", "ab2", f"quad{n}", match=True) for n in (33, 49)),
 )
 
 
