@@ -292,6 +292,7 @@ class ConditionedSample(io.ComfyNode):
                     "preset",
                     options=[AS_INVERTED, *PRESETS, CUSTOM],
                     default=AS_INVERTED,
+                    optional=True,
                     tooltip=(
                         "as inverted: steps and solver that the noise was made with (without noise as "
                         "custom). fast: 20 evaluations. balanced: 49. official: all 1000. custom: as set "
@@ -304,8 +305,8 @@ class ConditionedSample(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, conditioning, seed, steps, solver, spacing, same_noise, preset,
-        noise=None, unedited=None, guidance=pipeline.GUIDANCE,
+        cls, model, conditioning, seed, steps, solver, spacing, same_noise,
+        noise=None, unedited=None, guidance=pipeline.GUIDANCE, preset=AS_INVERTED,
     ):  # fmt: skip
         net = host.loaded(model)
         given, how = sockets.condition(conditioning, net), _how(preset, steps, solver, spacing)

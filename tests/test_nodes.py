@@ -65,6 +65,8 @@ def test_every_node_explains_itself(pack):
             elif i.min is not None:
                 assert i.min <= i.default <= i.max, (node_id, i.id)
         assert all(o.tooltip and o.display_name for o in schema.outputs), node_id
+        optional = [i.optional for i in schema.inputs if i.widget]
+        assert optional == sorted(optional), node_id  # the browser puts optional widgets last
         page = (ROOT / "web" / "docs" / f"{node_id}.md").read_text(encoding="utf-8")
         for i in schema.inputs:
             assert f"`{i.id}`" in page, f"{node_id}.md does not mention {i.id}"
