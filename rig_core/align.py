@@ -264,10 +264,13 @@ def _blur(mask: Tensor, radius: int) -> Tensor:
     return mask
 
 
-def soft_mask(mask: Tensor | None, crop: Crop, soft: float = 0.06) -> Tensor:
+def soft_mask(
+    mask: Tensor | None, crop: Crop, soft: float = 0.06, photo_size: tuple[int, int] | None = None
+) -> Tensor:
     """Weight of the edit in the crop, [B,1,s,s], 0..1, falling smoothly to 0 INSIDE the mask and the crop.
 
     mask [B,1,s,s], 1 = edit, None for the whole crop; soft: width of the edge in crop sides.
+    photo_size (H, W): where the photo ends with the crop, or before it, there is no edge: nothing to meet.
     """
     s = crop.size
     if mask is None:
@@ -279,12 +282,32 @@ def soft_mask(mask: Tensor | None, crop: Crop, soft: float = 0.06) -> Tensor:
     reach = min(1 if scale < 1.5 else 1 + math.ceil(1.5 * scale), (s - 1) // 2)
     mask = -F.max_pool2d(-mask.float().clamp(0, 1), 2 * reach + 1, 1, reach)
     at = torch.arange(s, device=mask.device, dtype=mask.dtype)
-    edge = (torch.minimum(at, s - 1 - at) / max(soft * s, 1)).clamp(0, 1)
-    mask = torch.minimum(mask, torch.minimum(edge[:, None], edge))
+    left, top, right, bottom = _within(crop, photo_size)
+    far = torch.full_like(at, s)
+    rows = torch.minimum(at if top else far, s - 1 - at if bottom else far)
+    columns = torch.minimum(at if left else far, s - 1 - at if right else far)
+    edge = torch.minimum(rows[:, None], columns)
+    mask = torch.minimum(mask, (edge / max(soft * s, 1)).clamp(0, 1))
     radius = min(round(soft * s / 2), (s - 1) // 2)
     if radius:  # at a straight border the blur is one half: what exceeds it lies inside
         mask = torch.minimum(mask, (2 * _blur(mask, radius) - 1).clamp(0, 1))
     return mask * mask * (3 - 2 * mask)
+
+
+def _within(crop: Crop, photo_size: tuple[int, int] | None) -> tuple[bool, bool, bool, bool]:
+    """Whether the photo goes on beyond the crop's left, top, right and bottom side, for any of the crops."""
+    if photo_size is None:
+        return True, True, True, True
+    s, (h, w) = float(crop.size), photo_size
+    ends = torch.tensor([[0.0, 0.0], [s, 0.0], [s, s], [0.0, s]]).to(crop.matrix) - 0.5
+    a, b, c, d = crop.invert_points(ends.expand(len(crop), 4, 2)).unbind(1)  # clockwise from the upper left
+
+    def inside(p: Tensor, q: Tensor) -> bool:
+        points = torch.lerp(p[:, None], q[:, None], torch.linspace(0.05, 0.95, 19).to(p)[:, None])
+        x, y = points.unbind(-1)
+        return bool(((x > 0) & (x < w - 1) & (y > 0) & (y < h - 1)).any())
+
+    return inside(a, d), inside(a, b), inside(b, c), inside(d, c)
 
 
 def _region(crop: Crop, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -346,7 +369,7 @@ def paste_back(
     y0, y1, x0, x1 = _region(crop, photo.shape[2:])
     if y0 >= y1 or x0 >= x1:
         return photo.clone()
-    weight = soft_mask(mask, crop, soft).to(photo.device).expand(len(photo), 1, -1, -1)
+    weight = soft_mask(mask, crop, soft, photo.shape[2:]).to(photo.device).expand(len(photo), 1, -1, -1)
     differs = (edited != original).any(1, keepdim=True).to(edited)
     plain, maps = crop._finer(torch.cat([weight, differs], 1), "bilinear")
     if mode == "ratio":

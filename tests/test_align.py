@@ -312,3 +312,16 @@ def test_display_and_linear_are_inverse():
     x = torch.linspace(0, 1, 1001)
     assert (align.to_display(align.to_linear(x)) - x).abs().max() < 1e-6
     assert float(align.to_linear(torch.tensor(0.5))) == pytest.approx(0.21404, abs=1e-5)
+
+
+def test_no_soft_edge_where_the_photo_ends_with_the_crop():
+    photo = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.2
+    whole = align.Crop(torch.eye(3)[None], 64)
+    edited = align.to_display(align.to_linear(photo) * 1.5)
+    out = align.paste_back(photo, edited, whole)
+    assert (out - edited).abs().max() < 2e-3
+    # the left half of the photo: an edge at its right side only
+    half = align.Crop(torch.eye(3)[None], 32)
+    mask = align.soft_mask(None, half, photo_size=(32, 64))
+    assert (mask[0, 0, :, :24] == 1).all() and (mask[0, 0, :, -1] == 0).all()
+    assert (align.soft_mask(None, half)[0, 0, :, 0] == 0).all()
