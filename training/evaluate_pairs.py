@@ -71,9 +71,11 @@ def pairs(count: int, size: int, head=None) -> list[Pair]:
 
 def fitted(head, image: Tensor, points: Tensor) -> FaceCode:
     """The code of a picture from the landmarks found in it; from the true points where no face is found."""
-    boxes, _ = landmarks.find_faces(image)
-    if len(boxes):
+    try:
+        boxes, _ = landmarks.find_faces(image)
         points = landmarks.find_landmarks(image, boxes[:1])
+    except landmarks.NoFaceError:
+        pass
     return landmark_fit.fit(head, points, tuple(image.shape[2:]), image)
 
 
