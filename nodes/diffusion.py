@@ -7,7 +7,7 @@ from ..rig_core import diffusion, pipeline, samplers
 from ..rig_core.denoisers.rig import DiffusionRig
 from . import host, sockets
 
-FAST, BALANCED, OFFICIAL = "fast (20+20)", "balanced (quad49 ab2)", "official 1000"
+FAST, BALANCED, OFFICIAL = "fast (20+20)", "balanced (quad33 ab2)", "official 1000"
 PRESETS = {
     FAST: ("quad20", "ab2"),
     BALANCED: (pipeline.RELIGHT_STEPS, pipeline.RELIGHT_SOLVER),
@@ -149,7 +149,7 @@ class DDIMInvert(io.ComfyNode):
                     options=[*PRESETS, CUSTOM],
                     default=BALANCED,
                     tooltip=(
-                        "fast: 20 evaluations. balanced: 49. official: all 1000 steps of ddim with mean "
+                        "fast: 20 evaluations. balanced: 33. official: all 1000 steps of ddim with mean "
                         "matching, as published. custom: steps, solver and spacing as set here."
                     ),
                 ),
@@ -295,7 +295,7 @@ class ConditionedSample(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "as inverted: steps and solver that the noise was made with (without noise as "
-                        "custom). fast: 20 evaluations. balanced: 49. official: all 1000. custom: as set "
+                        "custom). fast: 20 evaluations. balanced: 33. official: all 1000. custom: as set "
                         "here."
                     ),
                 ),

@@ -59,17 +59,6 @@ def respace(schedule: Schedule, spec: str | int) -> Schedule:
     return Schedule(1 - alpha_bar / before, alpha_bar, schedule.timesteps[kept])
 
 
-def below(schedule: Schedule, t: float) -> Schedule:
-    """The levels whose original timestep is at most t: for pictures that only partly become noise.
-
-    Raises ValueError when fewer than two are left.
-    """
-    kept = schedule.timesteps <= t
-    if kept.sum() < 2:
-        raise ValueError(f"a noise depth of {t} leaves less than two of {len(schedule)} steps: go deeper")
-    return Schedule(schedule.betas[kept], schedule.alpha_bar[kept], schedule.timesteps[kept])
-
-
 def select_levels(n: int, spec: str) -> list[int]:
     """The ascending levels of 0..n-1 that `respace` keeps."""
     if not spec:

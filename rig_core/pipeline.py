@@ -19,8 +19,8 @@ from .estimators import identity, landmark_fit, landmarks, parsing, shadow
 from .face import FaceCode, axis_angle_to_matrix, cat, matrix_to_axis_angle
 
 STEPS, SOLVER, GUIDANCE = "quad20", "ab2", 1.5
-RELIGHT_STEPS, RELIGHT_SOLVER, RELIGHT_GUIDANCE = "quad49", "ab2", 1.0
-REFINE_STEPS, REFINE_DEPTH, REFINE_GUIDANCE = "quad32", 600, 1.0  # 23 + 24 evaluations
+RELIGHT_STEPS, RELIGHT_SOLVER, RELIGHT_GUIDANCE = "quad33", "ab2", 1.0
+DARK = 0.01  # display value added before a geometric mean
 NEAR = 0.09  # of the width: how far around the head an edit may show, for the hair
 
 
@@ -218,7 +218,6 @@ def relight_inputs(
     light: Tensor,
     shadow: Tensor | None = None,
     cast: bool = True,
-    cast_by: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What `DiFaReli.condition` takes: spatial [N,6,s,s] and vector [M,D]; arguments as `relight_condition`.
 
@@ -229,8 +228,7 @@ def relight_inputs(
     drawn = conditions.draw(head, code, conditions.drawing_size(head, size))
     visible = None
     if cast:
-        shades = light if cast_by is None else cast_by
-        visible = torch.cat([conditions.visibility(head, code, light=v[None], drawn=drawn) for v in shades])
+        visible = torch.cat([conditions.visibility(head, code, light=v[None], drawn=drawn) for v in light])
     reference = conditions.fit(conditions.reference(drawn.normal, drawn.mask, light, visible), size)
     vector = conditions.vector(code, subject.embed, subject.shadow if shadow is None else shadow)
     return conditions.spatial(reference, subject.background), vector
@@ -244,16 +242,14 @@ def relight_condition(
     light: Tensor,
     shadow: Tensor | None = None,
     cast: bool = True,
-    cast_by: Tensor | None = None,
 ):
     """DiFaReli's condition for N lights [N,9,3] on one photo; what does not depend on the light exists once.
 
     shadow [N,1] or [1,1]: amounts of cast shadow, the photo's own when None. cast: the shading reference
-    carries the shadow that the head casts on itself under each light, or under the lights cast_by [M,9,3]
-    in their place. Raises ValueError for a light that is
+    carries the shadow that the head casts on itself under each light. Raises ValueError for a light that is
     not finite and for a portrait of another size than the denoiser's.
     """
-    return model.condition(*relight_inputs(model, head, portrait, subject, light, shadow, cast, cast_by))
+    return model.condition(*relight_inputs(model, head, portrait, subject, light, shadow, cast))
 
 
 def to_noise(
@@ -263,13 +259,14 @@ def to_noise(
     subject: Subject,
     steps: str = RELIGHT_STEPS,
     solver: str = RELIGHT_SOLVER,
-    match: bool = False,
+    match: bool = True,
     cast: bool = True,
     callback=None,
 ) -> samplers.Inversion:
     """Invert a portrait under its own light, once for all lights to come.
 
-    match: also correct the drift of the channels' means, for as many evaluations again (section 3.5).
+    match: also correct the drift of the channels' means, for as many evaluations again (section 3.5). Worth it,
+    see docs/solvers.md: 99 evaluations for the first light, 33 for each further one.
     """
     condition = relight_condition(model, head, portrait, subject, portrait.code.light, cast=cast)
     schedule, image = diffusion.respace(diffusion.linear_schedule(), steps), portrait.image * 2 - 1
@@ -290,6 +287,7 @@ def relight(
     noise: samplers.Inversion | None = None,
     guidance: float = RELIGHT_GUIDANCE,
     cast: bool = True,
+    trust: float = 0.0,
     batch: int = 8,
     callback=None,
 ) -> Edit:
@@ -297,6 +295,8 @@ def relight(
 
     shadow [N,1] or [1,1]: amounts of cast shadow, the photo's own when None. noise: of `to_noise`, made here
     when None. guidance: how far the edit is driven, 1 as trained (see `guided`). batch: lights at a time.
+    trust: share of the ratio image in the result, a geometric mean: 0 as published, more where head and
+    lights are known better than a fit can tell.
     """
     noise = noise or to_noise(model, head, portrait, subject, cast=cast, callback=callback)
     schedule = diffusion.respace(diffusion.linear_schedule(), noise.steps)
@@ -320,46 +320,9 @@ def relight(
             )
         )
     image = (torch.cat(painted) / 2 + 0.5).clamp(0, 1)
-    return Edit(image, portrait.image, None, near(subject.matte))
-
-
-def refine(
-    model,
-    head,
-    portrait: Portrait,
-    subject: Subject,
-    light: Tensor,
-    shadow: Tensor | None = None,
-    steps: str = REFINE_STEPS,
-    depth: float = REFINE_DEPTH,
-    guidance: float = REFINE_GUIDANCE,
-    batch: int = 8,
-    callback=None,
-) -> Edit:
-    """The portrait under N lights [N,9,3], with as much of the change as possible done by arithmetic.
-
-    The ratio image gives what a matt head does under the new light; it is taken to noise of timestep `depth`
-    as a picture that has the new light and the photo's own cast shadows, and brought back with the shadows
-    of the new light and the amount `shadow`. The denoiser answers for what the ratio cannot know, and a
-    small one keeps what it could not have made. Arguments as in `relight`; nothing is shared by the lights.
-    """
-    own, shadow = portrait.code.light, subject.shadow if shadow is None else shadow
-    schedule = diffusion.below(diffusion.respace(diffusion.linear_schedule(), steps), depth)
-    n, painted = max(len(light), len(shadow)), []
-    if any(len(v) not in (1, n) for v in (light, shadow)):
-        raise ValueError(
-            f"{len(light)} lights and {len(shadow)} shadow scalars: give one of either, or as many"
-        )
-    for i in range(0, n, batch):
-        lights, amounts = (v[i : i + batch] if len(v) == n else v for v in (light, shadow))
-        start = ratio.ratio_image(head, portrait.image, portrait.code, lights, subject.matte) * 2 - 1
-        before = relight_condition(model, head, portrait, subject, lights, cast_by=own)
-        after = relight_condition(model, head, portrait, subject, lights, amounts)
-        start = start.expand(len(after), -1, -1, -1)
-        x_t = samplers.invert(model, start, before, schedule, RELIGHT_SOLVER, callback=callback, partial=True)
-        denoiser = model if guidance == 1 else guided(model, before, guidance)
-        painted.append(samplers.sample(denoiser, x_t, after, schedule, RELIGHT_SOLVER, callback=callback))
-    image = (torch.cat(painted) / 2 + 0.5).clamp(0, 1)
+    if trust:
+        known = ratio.ratio_image(head, portrait.image, portrait.code, light, subject.matte)
+        image = ((image + DARK) ** (1 - trust) * (known + DARK) ** trust - DARK).clamp(0, 1)
     return Edit(image, portrait.image, None, near(subject.matte))
 
 

@@ -121,16 +121,13 @@ def invert(
     solver: str = "ddim",
     clip: bool = True,
     callback: Callable[[dict], None] | None = None,
-    partial: bool = False,
 ) -> Tensor:
     """The noise map that `sample` with the same schedule and solver turns back into x_0 [B,3,H,W] in [-1, 1].
 
-    solver: "ddim", "ab2" or "heun"; denoiser and callback as in `sample`. partial: stop at the schedule's
-    last level instead of going on to pure noise, for schedules cut with `diffusion.below`.
+    solver: "ddim", "ab2" or "heun"; denoiser and callback as in `sample`.
     """
     _check(solver, ("ddim", "ab2", "heun"), x_0)
     steps = plan(schedule, solver, reverse=True)
-    steps = steps[:-1] if partial else steps
     return _run(denoiser, x_0, condition, steps, solver, clip, None, callback, None)
 
 
@@ -199,8 +196,7 @@ def _check(solver: str, known: tuple[str, ...], x: Tensor) -> None:
 
 def _run(denoiser, x, condition, steps, solver, clip, generator, callback, correct) -> Tensor:
     n, batch = len(steps), x.shape[0]
-    levels = [p.t for p in steps] + [steps[-1].t_next]  # the last is met only by a partial Heun run
-    times = torch.tensor(levels, dtype=torch.float32).to(x.device)[:, None].expand(n + 1, batch)
+    times = torch.tensor([p.t for p in steps], dtype=torch.float32).to(x.device)[:, None].expand(n, batch)
     before = None
     for i, p in enumerate(steps):
         x_0, eps = predict(denoiser(x, times[i], condition), x, p.recip, p.s, clip)

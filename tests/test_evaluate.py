@@ -35,7 +35,6 @@ def tools(head):
 def quick(monkeypatch):
     """Few steps, whatever the picture looks like."""
     monkeypatch.setattr(pipeline, "to_noise", partial(pipeline.to_noise, steps="quad5", solver="heun"))
-    monkeypatch.setattr(pipeline, "refine", partial(pipeline.refine, steps="quad5"))
     monkeypatch.setattr(pipeline, "paint", partial(pipeline.paint, steps="2", solver="ddim"))
 
 
@@ -245,7 +244,7 @@ def test_shadow_response_of_a_synthetic_relighter(head, tools, folder, monkeypat
     photos = evaluate_photos.photos(data.Dataset.open(folder))
 
     class Ideal:
-        def __init__(self, tools, portrait, refined):
+        def __init__(self, tools, portrait, trust):
             self.portrait = portrait
 
         def shadowed(self, light, scalars):

@@ -329,7 +329,7 @@ def test_difarelis_errors_name_the_node_and_what_to_do(host):
     assert not ok and messages[-1][1]["node_type"] == "FaceRig_LoadDiFaReli"
     assert "expected a DiFaReli denoiser" in messages[-1][1]["exception_message"]
     graph = with_difareli(load_graph("difareli_relight"), "relight.safetensors")
-    of_type(graph, "FaceRig_ConditionedSample")["inputs"]["preset"] = "balanced (quad49 ab2)"
+    of_type(graph, "FaceRig_ConditionedSample")["inputs"]["preset"] = "balanced (quad33 ab2)"
     ok, messages, _ = host.run(graph)
     assert not ok and messages[-1][1]["node_type"] == "FaceRig_ConditionedSample"
     assert "'noise' was made with quad20 steps of ab2" in messages[-1][1]["exception_message"]

@@ -48,7 +48,7 @@ def test_interrupt_stops_within_a_step(pack, model, conditioned):
             model=model,
             conditioning=conditioned,
             image=torch.zeros(1, SIZE, SIZE, 3),
-            preset="balanced (quad49 ab2)",
+            preset="balanced (quad33 ab2)",
         )
     assert len(pack.host.progress) == 3
 

@@ -176,7 +176,7 @@ def test_relight_is_the_cores_with_and_without_mean_matching(
 
 def test_presets_and_what_they_cost(pack, relit, own, face):
     how = {"model": relit, "conditioning": own[0], "image": face[0]}
-    for preset, steps in (("fast (20+20)", 20), ("balanced (quad49 ab2)", 49)):
+    for preset, steps in (("fast (20+20)", 20), ("balanced (quad33 ab2)", 33)):
         pack.host.progress.clear()
         noise, before = pack.run("DDIMInvert", preset=preset, paint_back=False, **how)
         assert len(pack.host.progress) == steps and pack.host.progress[-1][:2] == (steps, steps)

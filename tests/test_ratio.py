@@ -1,4 +1,4 @@
-"""The ratio image, and the relight that starts from it."""
+"""The ratio image, its share in a relight, and the boosted loss."""
 
 import pytest
 import torch
@@ -102,58 +102,17 @@ def test_a_light_that_is_not_finite_is_refused(head, scene):
         )
 
 
-def test_refining_starts_at_the_ratio_image(head, scene):
+def test_trust_is_the_share_of_the_ratio_image(head, scene):
+    """With a denoiser that changes nothing the relit picture is the photo's own, blended as asked."""
     portrait, subject, other, _ = scene
-    light = torch.cat([other.code.light, portrait.code.light])
-    edit = pipeline.refine(Still(), head, portrait, subject, light, batch=1)
-    want = ratio.ratio_image(head, portrait.image, portrait.code, light, subject.matte)
-    torch.testing.assert_close(edit.image, want, rtol=0, atol=1e-4)
-    torch.testing.assert_close(edit.image[1:], portrait.image, rtol=0, atol=1e-4)
-
-
-def test_refining_tells_the_denoiser_whose_shadows_there_are(head, scene):
-    portrait, subject, other, _ = scene
-    model = Still()
-    shadow = torch.tensor([[3.0]])
-    pipeline.refine(model, head, portrait, subject, other.code.light, shadow)
-    (before, told_before), (after, told_after) = model.asked
-    drawn = conditions.draw(head, portrait.code, SIZE)
-    for spatial, caster in ((before, portrait.code.light), (after, other.code.light)):
-        visible = conditions.visibility(head, portrait.code, light=caster, drawn=drawn)
-        want = conditions.reference(drawn.normal, drawn.mask, other.code.light, visible)
-        torch.testing.assert_close(spatial[:, :3], want)
-    assert not torch.allclose(before[:, :3], after[:, :3])
-    assert told_before[0, -1] == 0 and told_after[0, -1] == 3
-
-
-@pytest.mark.parametrize("solver", ["ddim", "ab2", "heun"])
-def test_half_way_to_noise_and_back(solver):
-    """With the exact denoiser of normal data of variance 0.09 a partial run keeps the picture."""
-    schedule = diffusion.below(diffusion.respace(diffusion.linear_schedule(), "quad60"), 600)
-    alpha_bar = diffusion.linear_schedule().alpha_bar.float()
-
-    def denoiser(x, t, _):
-        a = alpha_bar[t.long()].reshape(-1, 1, 1, 1)
-        return x * (1 - a).sqrt() / (0.09 * a + 1 - a)
-
-    x_0 = 0.3 * torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    x_t = samplers.invert(denoiser, x_0, None, schedule, solver, clip=False, partial=True)
-    level = alpha_bar[schedule.timesteps[-1]]
-    want = (0.09 * level + 1 - level).sqrt()
-    assert x_t.std() / x_0.std() == pytest.approx(float(want / 0.3), rel=0.05 if solver == "ddim" else 0.01)
-    back = samplers.sample(denoiser, x_t, None, schedule, solver, clip=False)
-    assert (back - x_0).abs().max() < {"ddim": 0.03, "ab2": 0.01, "heun": 0.01}[solver]
-
-
-def test_a_cut_schedule():
-    whole = diffusion.respace(diffusion.linear_schedule(), "quad32")
-    cut = diffusion.below(whole, 600)
-    n = len(cut)
-    assert cut.timesteps[-1] <= 600 < whole.timesteps[n]
-    assert torch.equal(cut.alpha_bar, whole.alpha_bar[:n]) and torch.equal(cut.betas, whole.betas[:n])
-    assert 2 * n - 1 <= 50  # evaluations of `refine` for a light
-    with pytest.raises(ValueError, match="go deeper"):
-        diffusion.below(whole, 0)
+    want = ratio.ratio_image(head, portrait.image, portrait.code, other.code.light, subject.matte)
+    job = (Still(), head, portrait, subject, other.code.light)
+    noise = samplers.Inversion(portrait.image * 2 - 1, None, "quad5", "ddim")
+    plain, half, whole = (pipeline.relight(*job, noise=noise, trust=t).image for t in (0.0, 0.5, 1.0))
+    torch.testing.assert_close(whole, want, rtol=0, atol=1e-5)
+    mean = ((plain + pipeline.DARK) * (want + pipeline.DARK)).sqrt() - pipeline.DARK
+    torch.testing.assert_close(half, mean.clamp(0, 1), rtol=0, atol=1e-5)
+    assert (plain - want).abs().max() > 0.05
 
 
 def test_boost_is_the_weight_of_v_prediction_up_to_its_limit():

@@ -80,15 +80,10 @@ def relights(model, head, photo: Tensor, name: str) -> tuple[dict[str, Tensor], 
     lights = [light_prior.edit(own, az, el, ambient=0.15, **prior) for az, el in RELIGHTS.values()]
     titles = [*RELIGHTS, *SHADOWS]
     shadow = subject.shadow + torch.tensor([0.0] * len(lights) + [*SHADOWS.values()])[:, None]
-    edit = pipeline.refine(
-        model,
-        head,
-        portrait,
-        subject,
-        torch.cat([*lights, *[own] * len(SHADOWS)]),
-        shadow,
-        callback=bar(f"{name}: DiFaReli", 47),
-    )
+    job = (model, head, portrait, subject)
+    noise = pipeline.to_noise(*job, callback=bar(f"{name}: to noise", 66))
+    light = torch.cat([*lights, *[own] * len(SHADOWS)])
+    edit = pipeline.relight(*job, light, shadow, noise, callback=bar(f"{name}: DiFaReli's light", 33))
     return dict(zip(titles, pipeline.paste(photo, portrait, edit))), subject
 
 

@@ -45,12 +45,12 @@ def of_photos(tools: evaluate_pairs.Tools, photos: Dataset, count: int) -> list[
     methods = (
         lambda p, lights: evaluate_photos.by_rig(tools, p, lights),
         lambda p, lights: evaluate_photos.Relighter(tools, p).under(lights),
-        lambda p, lights: evaluate_photos.Relighter(tools, p, refined=True).under(lights),
+        lambda p, lights: evaluate_photos.Relighter(tools, p, evaluate_pairs.TRUST).under(lights),
     )
     rows = beside(*(evaluate_photos.on_photos(tools.head, photos, picks, m) for m in methods))
     scalars = evaluate_photos.scalar_range(tools.judge, photos, photos.size[0])
     jobs = (tools, photos, picks, scalars)
-    shadows = beside(*(evaluate_photos.shadow_response(*jobs, refined=r) for r in (False, True)))
+    shadows = beside(*(evaluate_photos.shadow_response(*jobs, trust=t) for t in (0.0, evaluate_pairs.TRUST)))
     return [
         f"{len(picks)} validation photos, {len(evaluate_photos.ASKED)} lights each:",
         "",
@@ -102,10 +102,10 @@ def main() -> None:
         args.sheets.mkdir(parents=True, exist_ok=True)
         scalars = evaluate_photos.scalar_range(tools.judge, photos, photos.size[0])
         jobs = (tools, photos, evaluate_photos.spread(photos, SHEET), scalars)
-        for refined in (False, True):
-            pages = evaluate_photos.sheets(*jobs, refined=refined)
+        for trust in (0.0, evaluate_pairs.TRUST):
+            pages = evaluate_photos.sheets(*jobs, trust=trust)
             for name, page in zip(("lights", "shadows"), pages):
-                write(page, args.sheets / f"{name}{'_from_ratio' * refined}.png")
+                write(page, args.sheets / f"{name}{'_with_ratio' * bool(trust)}.png")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from training.measures import psnr, skin_error, ssim
 
 FIRST_SEED = 900_000  # of the held-out synthetic persons; training counts from 0
 GUIDANCES = (1.5, 2.0)
+TRUST = 0.5  # see pipeline.relight
 HEADER = ["method", "PSNR skin, dB", "PSNR head, dB", "PSNR all, dB", "SSIM head", "skin tone, degrees"]
 
 
@@ -126,8 +127,8 @@ def by_rig(pair: Pair, tools: Tools) -> dict[str, Tensor]:
 
 
 def by_relight(pair: Pair, tools: Tools) -> dict[str, Tensor]:
-    """DiFaReli from the inverted photo, and with each option, all but one from one inversion; and from the
-    ratio image (`pipeline.refine`), which is a row of its own too."""
+    """DiFaReli from the inverted photo, and with each option, all but one from one inversion; and the ratio
+    image that `trust` blends in."""
     model, head, image = tools.relight, tools.head, pair.source.image
     portrait, light = at_size(pair.source, model.config.image_size), pair.target.light
     subject = pipeline.describe(head, portrait, tools.recognise, tools.judge)
@@ -148,13 +149,11 @@ def by_relight(pair: Pair, tools: Tools) -> dict[str, Tensor]:
         out[f"DiFaReli, guidance {g:g}"] = pipeline.paste(image, portrait, edit)
     edit = pipeline.relight(*job, light, noise=pipeline.to_noise(*job, cast=False), cast=False)
     out["DiFaReli, no cast-shadow map"] = pipeline.paste(image, portrait, edit)
-    edit = pipeline.refine(*job, light, torch.cat([subject.shadow, true_scalar]))
-    pasted = pipeline.paste(image, portrait, edit)
-    start = replace(edit, image=ratio_image(head, portrait.image, portrait.code, light, subject.matte))
+    known = ratio_image(head, portrait.image, portrait.code, light, subject.matte)
+    edit = pipeline.relight(*job, light, noise=noise, trust=TRUST)
     return out | {
-        "ratio image, with the hair": pipeline.paste(image, portrait, start),
-        "DiFaReli from there": pasted[:1],
-        "DiFaReli from there, the truth's shadow scalar": pasted[1:],
+        "ratio image, with the hair": pipeline.paste(image, portrait, replace(edit, image=known)),
+        f"DiFaReli, trust {TRUST:g} in the ratio image": pipeline.paste(image, portrait, edit),
     }
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from rig_core import align, buffers, conditions, light_prior, pipeline, samplers, sh
+from rig_core import align, buffers, conditions, light_prior, pipeline, sh
 from rig_core.data import Dataset
 from rig_core.estimators import landmark_fit, shadow
 from training.evaluate_pairs import Tools, at_size
@@ -75,14 +75,13 @@ def by_rig(tools: Tools, portrait: pipeline.Portrait, lights: Tensor) -> Relit:
 
 
 class Relighter:
-    """DiFaReli on one photo: described and inverted once; refined: from the ratio image instead."""
+    """DiFaReli on one photo: described and inverted once. trust: see pipeline.relight."""
 
-    def __init__(self, tools: Tools, portrait: pipeline.Portrait, refined: bool = False):
+    def __init__(self, tools: Tools, portrait: pipeline.Portrait, trust: float = 0.0):
         self.portrait, self.small = portrait, at_size(portrait, tools.relight.config.image_size)
         subject = pipeline.describe(tools.head, self.small, tools.recognise, tools.judge)
         self.job = (tools.relight, tools.head, self.small, subject)
-        noise: samplers.Inversion | None = None if refined else pipeline.to_noise(*self.job)
-        self.relight = pipeline.refine if refined else partial(pipeline.relight, noise=noise)
+        self.relight = partial(pipeline.relight, noise=pipeline.to_noise(*self.job), trust=trust)
 
     def under(self, lights: Tensor) -> Relit:
         """Lights [N,9,3], with the photo's own shadow scalar."""
@@ -177,7 +176,7 @@ def in_shadow(head, code, light: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def shadow_response(
-    tools: Tools, dataset: Dataset, picks: list[int], scalars: Tensor, refined: bool = False
+    tools: Tools, dataset: Dataset, picks: list[int], scalars: Tensor, trust: float = 0.0
 ) -> list[list]:
     """Rows: how pictures answer to the shadow scalar [K,1] under a light from one side."""
     covered, lit, monotone = [], [], []
@@ -187,7 +186,7 @@ def shadow_response(
         inside, open_ = in_shadow(tools.head, portrait.code, light)
         if inside.mean() < LEAST:
             continue
-        result = Relighter(tools, portrait, refined).shadowed(light, scalars)
+        result = Relighter(tools, portrait, trust).shadowed(light, scalars)
         values = brightness(result, inside)
         covered.append(response(scalars, values))
         lit.append(response(scalars, brightness(result, open_)))
@@ -208,13 +207,13 @@ def shadow_response(
 
 @torch.no_grad()
 def sheets(
-    tools: Tools, dataset: Dataset, picks: list[int], scalars: Tensor, refined: bool = False
+    tools: Tools, dataset: Dataset, picks: list[int], scalars: Tensor, trust: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """[3,H,W] each, a photo a row: as it is and under the lights SHOWN; as it is and with the scalars."""
     lights, shadows = [], []
     for k, i in enumerate(tqdm(picks, desc="sheets", unit="photo")):
         portrait = portrait_of(dataset, i)
-        relighter, own = Relighter(tools, portrait, refined), portrait.code.light
+        relighter, own = Relighter(tools, portrait, trust), portrait.code.light
         side = lights_at(tools.head, own, [(-50.0, 30.0) if k % 2 else (50.0, 30.0)])
         for rows, out in (
             (lights, relighter.under(lights_at(tools.head, own, SHOWN)).result),
