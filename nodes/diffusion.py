@@ -158,7 +158,7 @@ class DDIMInvert(io.ComfyNode):
                     default=False,
                     tooltip=(
                         "Also correct the drift of each channel's mean, for as many evaluations again "
-                        "(always with official): for very dark or bright photos."
+                        "(always with official): much closer to the photo. Switch it on for DiFaReli."
                     ),
                 ),
                 io.Boolean.Input(

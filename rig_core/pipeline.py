@@ -265,8 +265,8 @@ def to_noise(
 ) -> samplers.Inversion:
     """Invert a portrait under its own light, once for all lights to come.
 
-    match: also correct the drift of the channels' means, for as many evaluations again (section 3.5). Worth it,
-    see docs/solvers.md: 99 evaluations for the first light, 33 for each further one.
+    match: also correct the drift of the channels' means, for as many evaluations again (section 3.5).
+    Worth it, see docs/solvers.md: 99 evaluations for the first light, 33 for each further one.
     """
     condition = relight_condition(model, head, portrait, subject, portrait.code.light, cast=cast)
     schedule, image = diffusion.respace(diffusion.linear_schedule(), steps), portrait.image * 2 - 1

@@ -194,7 +194,7 @@ def test_inversions_are_shared(tools, quick, monkeypatch):
 
     monkeypatch.setattr(pipeline, "to_noise", counted)
     outs = evaluate_pairs.by_relight(pair, tools)
-    assert casts == [True, False] and len(outs) == 9
+    assert casts == [True, False] and len(outs) == 8
     assert all(out.shape == pair.truth.shape for out in outs.values())
 
 
@@ -280,7 +280,7 @@ def test_the_whole_command(tools, folder, quick, tmp_path, monkeypatch, capsys):
     (outside,) = (line for line in text.splitlines() if "background outside the mask" in line)
     assert outside.split("|")[2:5] == [" 0.000 "] * 3
     assert out.with_suffix(".png").exists()
-    names = ("lights", "shadows", "lights_from_ratio", "shadows_from_ratio")
+    names = ("lights", "shadows", "lights_with_ratio", "shadows_with_ratio")
     assert {p.name for p in sheets.iterdir()} == {f"{n}.png" for n in names}
 
 
