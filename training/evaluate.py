@@ -19,7 +19,7 @@ from training.demo import write
 from training.measures import table
 
 SHEET = 10  # photos on a sheet
-RELIGHTERS = ("DiFaReli", "DiFaReli from the ratio image")
+RELIGHTERS = ("DiFaReli", f"DiFaReli, trust {evaluate_pairs.TRUST:g}")
 
 
 def load(rig: Path | None, relight: Path | None) -> tuple[evaluate_pairs.Tools, str]:

@@ -100,7 +100,7 @@ class Relighter:
 def touched(portrait: pipeline.Portrait, small: pipeline.Portrait, edit: pipeline.Edit) -> Tensor:
     """Where paste may change the photo: its soft mask, a pixel or two wider for the enlarging."""
     size = portrait.crop.size
-    mask = align.soft_mask(edit.mask, small.crop)
+    mask = align.soft_mask(edit.mask, small.crop, photo_size=(size, size))
     mask = F.interpolate(mask, (size, size), mode="bilinear") if mask.shape[-1] != size else mask
     return F.max_pool2d((mask > 0).float(), 5, 1, 2)
 
