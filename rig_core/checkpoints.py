@@ -7,32 +7,28 @@ found, what to do. Files are written to a temporary name in the same folder, flu
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from . import torch_file
 from .denoisers.relight import DiFaReli, RelightConfig, both
 from .denoisers.rig import DiffusionRig, RigConfig
 from .estimators.identity import ArcFace, ArcFaceConfig
 from .estimators.parsing import BiSeNet
 from .estimators.shadow import DiffAEShadow, SemanticEncoder, ShadowNet
 from .heads.open_head import OpenHead
-from .unpickle import Record, Refused, weights
+from .unpickle import Refused
 from .unpickle import load as unpickle
 
 ASSETS = Path(__file__).parent / "assets"
 META = "face_rig"
-LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch.save began with before PyTorch 1.6
-MAX_PICKLE = 64 * 2**20  # bytes of structure; the tensors are beside it
 
 
 class CheckpointError(ValueError):
@@ -122,11 +118,7 @@ def _denoiser(path: Path, tensors: dict, meta: dict, model_type, config_type, ad
         _match(model.state_dict(), tensors)
     except (AttributeError, RuntimeError, TypeError, ValueError, OverflowError) as e:
         raise CheckpointError(f"{path}: not a usable {what} denoiser: {_line(e)}; {advice}") from e
-    broken = next((k for k, v in tensors.items() if not v.isfinite().all()), None)
-    if broken:
-        raise CheckpointError(
-            f"{path}: '{broken}' holds numbers that are not finite: use an earlier checkpoint"
-        )
+    _finite(path, tensors)
     ready = {k: v.to(device, dtype if v.is_floating_point() else None, copy=True) for k, v in tensors.items()}
     model.load_state_dict(ready, assign=True)
     meta["config"] = config.to_dict()
@@ -142,16 +134,7 @@ def load_parser(path: str | Path, device: torch.device | str = "cpu") -> BiSeNet
         _require(path, "the face parser BiSeNet", meta, "bisenet", tensors, advice)
     with torch.device("meta"):
         model = BiSeNet()
-    try:
-        _match(model.state_dict(), tensors)
-    except ValueError as e:
-        raise CheckpointError(f"{path}: not a usable face parser of 19 classes: {_line(e)}; {advice}") from e
-    broken = next((k for k, v in tensors.items() if not v.isfinite().all()), None)
-    if broken:
-        raise CheckpointError(f"{path}: '{broken}' holds numbers that are not finite: download it again")
-    ready = {k: v.to(device, torch.float32 if v.is_floating_point() else None) for k, v in tensors.items()}
-    model.load_state_dict(ready, assign=True)
-    return model.requires_grad_(False).eval()
+    return _estimator(path, model, tensors, "face parser of 19 classes", advice, device)
 
 
 def load_identity(path: str | Path | None = None, device: torch.device | str = "cpu") -> ArcFace:
@@ -170,17 +153,11 @@ def load_identity(path: str | Path | None = None, device: torch.device | str = "
         config = ArcFaceConfig.from_state_dict(tensors)
         with torch.device("meta"):
             model = ArcFace(config)
-        counters = {k: v for k, v in model.state_dict().items() if k.endswith(".num_batches_tracked")}
-        tensors = {k: torch.zeros_like(v, device="cpu") for k, v in counters.items()} | tensors
-        _match(model.state_dict(), tensors)
     except (AttributeError, RuntimeError, TypeError, ValueError, OverflowError) as e:
         raise CheckpointError(f"{path}: not a usable identity encoder: {_line(e)}; {advice}") from e
-    broken = next((k for k, v in tensors.items() if not v.isfinite().all()), None)
-    if broken:
-        raise CheckpointError(f"{path}: '{broken}' holds numbers that are not finite: download it again")
-    ready = {k: v.to(device, torch.float32 if v.is_floating_point() else None) for k, v in tensors.items()}
-    model.load_state_dict(ready, assign=True)
-    return model.requires_grad_(False).eval()
+    counters = {k: v for k, v in model.state_dict().items() if k.endswith(".num_batches_tracked")}
+    tensors = {k: torch.zeros_like(v, device="cpu") for k, v in counters.items()} | tensors
+    return _estimator(path, model, tensors, "identity encoder", advice, device)
 
 
 def load_shadow(
@@ -244,9 +221,7 @@ def _estimator(path: Path, model: torch.nn.Module, tensors: dict, what: str, adv
         _match(model.state_dict(), tensors)
     except ValueError as e:
         raise CheckpointError(f"{path}: not a usable {what}: {_line(e)}; {advice}") from e
-    broken = next((k for k, v in tensors.items() if not v.isfinite().all()), None)
-    if broken:
-        raise CheckpointError(f"{path}: '{broken}' holds numbers that are not finite: download it again")
+    _finite(path, tensors)
     ready = {k: v.to(device, torch.float32 if v.is_floating_point() else None) for k, v in tensors.items()}
     model.load_state_dict(ready, assign=True)
     return model.requires_grad_(False).eval()
@@ -315,7 +290,7 @@ def read(path: str | Path, prefix: str = "") -> tuple[dict[str, Tensor], dict]:
         raise CheckpointError(f"{path}: cannot be read ({e.strerror}): check the name and the folder") from e
     if size == 0:
         raise CheckpointError(f"{path}: the file is empty: copy or download it again")
-    if start.startswith((b"PK", LEGACY)):
+    if start.startswith((b"PK", torch_file.LEGACY)):
         return _read_torch(path, size, prefix), {}
     if start[8:9] == b"{":
         return _read_safetensors(path, size)
@@ -347,8 +322,7 @@ def _read_safetensors(path: Path, size: int) -> tuple[dict[str, Tensor], dict]:
 def _read_torch(path: Path, size: int, prefix: str) -> dict[str, Tensor]:
     try:
         with open(path, "rb") as f:
-            legacy = f.read(len(LEGACY)) == LEGACY
-            tree = _read_legacy(f, size, prefix) if legacy else _read_archive(f, size, prefix)
+            tree = torch_file.read(f, size, prefix)
     except Refused as e:
         raise CheckpointError(
             f"{path}: refused {e}: a checkpoint may hold only tensors, arrays and dictionaries; "
@@ -357,7 +331,7 @@ def _read_torch(path: Path, size: int, prefix: str) -> dict[str, Tensor]:
     except (
         ValueError,
         KeyError,
-        NotImplementedError,
+        NotImplementedError,  # zipfile's, for a compression that it does not know
         RuntimeError,
         OSError,
         zipfile.BadZipFile,
@@ -372,116 +346,6 @@ def _read_torch(path: Path, size: int, prefix: str) -> dict[str, Tensor]:
     return {str(k): v for k, v in tree.items()}
 
 
-def _read_archive(f: BinaryIO, size: int, prefix: str):
-    """torch.save's zip archive: data.pkl (the structure) and data/<key> (one member a storage)."""
-    with zipfile.ZipFile(f) as z:
-        members = {i.filename: i for i in z.infolist()}
-        if any(i.compress_type != zipfile.ZIP_STORED for i in members.values()):
-            raise ValueError("its members are compressed, which torch.save never does")
-        # stored members that do not overlap cannot claim more than the file has
-        if len(members) != len(z.infolist()) or sum(i.file_size for i in members.values()) > size:
-            raise ValueError("its members claim more bytes than the file has")
-        pickles = [n for n in members if n.count("/") == 1 and n.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise ValueError("it holds no data.pkl")
-        root = pickles[0].removesuffix("data.pkl")
-        if members[pickles[0]].file_size > MAX_PICKLE:
-            raise ValueError("its data.pkl is too large")
-        if f"{root}byteorder" in members and z.read(f"{root}byteorder").strip() != b"little":
-            raise ValueError("it was written on a big-endian machine")
-        claimed: dict[str, Tensor] = {}
-        tree = unpickle(z.read(pickles[0]), _claims(claimed))
-        for key, v in claimed.items():
-            name = f"{root}data/{key}"
-            if name not in members:
-                raise ValueError(f"storage {key[:20]} is missing")
-            if members[name].file_size != len(v) * v.itemsize:
-                raise ValueError(
-                    f"storage {key[:20]} claims {len(v)} x {v.dtype}, has {members[name].file_size} bytes"
-                )
-        return _filled(_wanted(tree, prefix), claimed, lambda key: z.read(f"{root}data/{key}"))
-
-
-def _read_legacy(f: BinaryIO, size: int, prefix: str):
-    """torch.save's older stream, after its magic number: version, machine, structure and list of storages as
-    pickles, then each storage as its count and its bytes."""
-    head = io.BytesIO(f.read(MAX_PICKLE))
-    claimed: dict[str, Tensor] = {}
-    version, machine = unpickle(head, _claims({})), unpickle(head, _claims({}))
-    if version != 1001 or not isinstance(machine, dict) or machine.get("little_endian") is not True:
-        raise ValueError("it is of another version, or was written on a big-endian machine")
-    tree, keys = unpickle(head, _claims(claimed)), unpickle(head, _claims({}))
-    if not isinstance(keys, list) or sorted(map(_text, keys)) != sorted(claimed):
-        raise ValueError("its list of storages is not that of its structure")
-    f.seek(len(LEGACY) + head.tell())
-    starts = {}
-    for key in keys:
-        v, count = claimed[key], int.from_bytes(f.read(8), "little")
-        starts[key] = f.tell()
-        end = starts[key] + len(v) * v.itemsize
-        if count != len(v) or end > size:
-            raise ValueError(f"storage {key[:20]} claims {len(v)} x {v.dtype}, has {count} or is cut")
-        f.seek(end)
-
-    def raw(key: str) -> bytes:
-        f.seek(starts[key])
-        return f.read(len(claimed[key]) * claimed[key].itemsize)
-
-    return _filled(_wanted(tree, prefix), claimed, raw)
-
-
-def _text(value) -> str:
-    if not isinstance(value, str):
-        raise ValueError("its list of storages is not made of names")
-    return value
-
-
-def _claims(claimed: dict[str, Tensor]) -> Callable[[str, torch.dtype, int], Tensor]:
-    """For `unpickle`: storages on the meta device, gathered in `claimed`. What is wanted is read later."""
-
-    def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
-        if key not in claimed:
-            claimed[key] = torch.empty(count, dtype=dtype, device="meta")
-        found = claimed[key]
-        if found.dtype != dtype or len(found) != count:
-            raise ValueError(f"storage {key[:20]} is claimed twice, differently")
-        return found
-
-    return storage
-
-
-def _wanted(tree, prefix: str):
-    """The dictionary of tensors in what else training code saves with it."""
-    if isinstance(tree, dict) and isinstance(tree.get("model"), Record):
-        tree = weights(tree["model"])
-    if isinstance(tree, dict) and prefix:
-        tree = tree["state_dict"] if isinstance(tree.get("state_dict"), dict) else tree
-        tree = {k: v for k, v in tree.items() if str(k).startswith(prefix)} or tree
-    return tree
-
-
-def _filled(tree, claimed: dict[str, Tensor], raw: Callable[[str], bytes]):
-    """The tree with the tensors of the file: raw(key) -> bytes of a storage."""
-    key_of = {_memory(v): k for k, v in claimed.items()}
-    loaded: dict[str, Tensor] = {}
-
-    def fill(v: Tensor) -> Tensor:
-        key = key_of[_memory(v)]
-        if key not in loaded:
-            data = bytearray(raw(key))
-            loaded[key] = torch.frombuffer(data, dtype=v.dtype) if data else torch.empty(0, dtype=v.dtype)
-        return loaded[key].as_strided(v.shape, v.stride(), v.storage_offset())
-
-    if not isinstance(tree, dict):
-        return tree
-    return {k: fill(v) if isinstance(v, Tensor) and v.is_meta else v for k, v in tree.items()}
-
-
-def _memory(v: Tensor) -> int:
-    """The same number for tensors on the same memory, also on the meta device, where that has no address."""
-    return v.untyped_storage()._cdata
-
-
 def _match(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
     """Raise ValueError unless keys and shapes are the same."""
     for k in wanted.keys() | found.keys():
@@ -491,6 +355,15 @@ def _match(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
             raise ValueError(f"'{k}' does not belong there")
         if wanted[k].shape != found[k].shape:
             raise ValueError(f"'{k}' is {list(found[k].shape)} instead of {list(wanted[k].shape)}")
+
+
+def _finite(path: Path, tensors: dict[str, Tensor]) -> None:
+    broken = next((k for k, v in tensors.items() if not v.isfinite().all()), None)
+    if broken:
+        raise CheckpointError(
+            f"{path}: '{broken}' holds numbers that are not finite: use an earlier checkpoint, "
+            "or download it again"
+        )
 
 
 def _require(path: Path, wanted: str, meta: dict, kind: str, tensors: dict, advice: str) -> None:

@@ -17,7 +17,7 @@ from .face import FaceCode
 
 GREY = 180 / 255  # albedo of the published reference
 TURNED = -0.15  # a normal whose z in the photo is below points too far away to be drawn
-BLOCKED = 0.5  # of the direct light is missing in a cast shadow; measured best for ratios of references
+BLOCKED = 0.5  # of the direct light is missing in a cast shadow, for a fitted one is not sure
 SOFTNESS = 0.2  # angular radius of the light in the cast-shadow map
 PUBLISHED = 256  # px, the picture in which the references of the published models are drawn
 
@@ -175,15 +175,3 @@ def shadow_sweep(shadow: Tensor, n: int, goal: float | None = None, by: float = 
     own = shadow.reshape(-1)[:1]
     stop = own + by if goal is None else torch.full_like(own, goal)
     return torch.lerp(own, stop, torch.linspace(0, 1, n).to(own))[:, None]
-
-
-def light_grid(light: Tensor, n: int, x=(-1.0, 1.0), y=(1.0, 0.0), scale: float = 1.0) -> Tensor:
-    """The light [1,9,3] turned to n x n frontal directions (x, y, 1), x the outer loop: [n*n,9,3].
-
-    As in the paper's grids: band 1 becomes white light of unit length from there, and all is scaled.
-    """
-    gx, gy = (torch.linspace(*ends, n).to(light) for ends in (x, y))
-    grid = torch.stack([gx.repeat_interleave(n), gy.repeat(n), torch.ones(n * n).to(light)], 1)
-    lights = sh.check_light(light).repeat(n * n, 1, 1)
-    lights[:, 1:4] = F.normalize(grid, dim=1)[..., None]
-    return lights * scale
