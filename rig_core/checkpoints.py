@@ -1,38 +1,24 @@
 """Files of weights: ours (.safetensors) and the published ones (.pt), read without executing anything.
 
-Our files carry one JSON object under the metadata key "face_rig": its "kind" says what they are. Every
-file that cannot be used raises CheckpointError in one line: which file, what was expected, what was
-found, what to do. Files are written to a temporary name in the same folder, flushed and renamed.
+What a file is for is told by its contents: by "kind" in our own, by the names of the tensors in others.
+Reading and writing themselves: files.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from . import torch_file
 from .denoisers.relight import DiFaReli, RelightConfig, both
 from .denoisers.rig import DiffusionRig, RigConfig
 from .estimators.identity import ArcFace, ArcFaceConfig
 from .estimators.parsing import BiSeNet
 from .estimators.shadow import DiffAEShadow, SemanticEncoder, ShadowNet
+from .files import ASSETS, CheckpointError, one_line, read, save
 from .heads.open_head import OpenHead
-from .unpickle import Refused
 from .unpickle import load as unpickle
-
-ASSETS = Path(__file__).parent / "assets"
-META = "face_rig"
-
-
-class CheckpointError(ValueError):
-    """A file that cannot be used; the message is one line for the user."""
 
 
 def load_head(path: str | Path | None = None) -> OpenHead:
@@ -44,7 +30,7 @@ def load_head(path: str | Path | None = None) -> OpenHead:
         return OpenHead.from_tensors(tensors, meta)
     except (AttributeError, KeyError, RuntimeError, ValueError) as e:
         raise CheckpointError(
-            f"{path}: the open head is incomplete ({_line(e)}): make or download it again"
+            f"{path}: the open head is incomplete ({one_line(e)}): make or download it again"
         ) from e
 
 
@@ -117,7 +103,7 @@ def _denoiser(path: Path, tensors: dict, meta: dict, model_type, config_type, ad
             model = model_type(config)
         _match(model.state_dict(), tensors)
     except (AttributeError, RuntimeError, TypeError, ValueError, OverflowError) as e:
-        raise CheckpointError(f"{path}: not a usable {what} denoiser: {_line(e)}; {advice}") from e
+        raise CheckpointError(f"{path}: not a usable {what} denoiser: {one_line(e)}; {advice}") from e
     _finite(path, tensors)
     ready = {k: v.to(device, dtype if v.is_floating_point() else None, copy=True) for k, v in tensors.items()}
     model.load_state_dict(ready, assign=True)
@@ -154,7 +140,7 @@ def load_identity(path: str | Path | None = None, device: torch.device | str = "
         with torch.device("meta"):
             model = ArcFace(config)
     except (AttributeError, RuntimeError, TypeError, ValueError, OverflowError) as e:
-        raise CheckpointError(f"{path}: not a usable identity encoder: {_line(e)}; {advice}") from e
+        raise CheckpointError(f"{path}: not a usable identity encoder: {one_line(e)}; {advice}") from e
     counters = {k: v for k, v in model.state_dict().items() if k.endswith(".num_batches_tracked")}
     tensors = {k: torch.zeros_like(v, device="cpu") for k, v in counters.items()} | tensors
     return _estimator(path, model, tensors, "identity encoder", advice, device)
@@ -206,7 +192,7 @@ def _shadow_weight(path: Path) -> Tensor:
             raise ValueError("'weight' holds numbers that are not finite")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as e:
         raise CheckpointError(
-            f"{path}: not DiFaReli's shadow classifier ({_line(e)}): get shadow_cls_weight.pkl again"
+            f"{path}: not DiFaReli's shadow classifier ({one_line(e)}): get shadow_cls_weight.pkl again"
         ) from e
     return weight
 
@@ -220,7 +206,7 @@ def _estimator(path: Path, model: torch.nn.Module, tensors: dict, what: str, adv
     try:
         _match(model.state_dict(), tensors)
     except ValueError as e:
-        raise CheckpointError(f"{path}: not a usable {what}: {_line(e)}; {advice}") from e
+        raise CheckpointError(f"{path}: not a usable {what}: {one_line(e)}; {advice}") from e
     _finite(path, tensors)
     ready = {k: v.to(device, torch.float32 if v.is_floating_point() else None) for k, v in tensors.items()}
     model.load_state_dict(ready, assign=True)
@@ -250,102 +236,6 @@ def save_denoiser(
     save(path, tensors, {"head": "open", **plain, "kind": kind, "config": model.config.to_dict()})
 
 
-def save(path: str | Path, tensors: dict[str, Tensor], meta: dict) -> None:
-    """Write tensors and a JSON-able meta to a .safetensors file, as a whole or not at all."""
-    path = Path(path)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    text = {META: json.dumps(meta)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the user's umask gives
-        save_file(tensors, temporary, text)
-        os.chmod(temporary, mode)
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the new name itself
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def read(path: str | Path, prefix: str = "") -> tuple[dict[str, Tensor], dict]:
-    """Tensors by name, and the meta that `save` was given (plain metadata or {} for other files).
-
-    prefix: of a PyTorch file that has such names, in a Lightning checkpoint's "state_dict" too, only those
-    are read, which spares gigabytes. Of a file with a whole network in it, its weights are meant.
-    The kind of file is told by its contents. Raises CheckpointError.
-    """
-    path = Path(path)
-    try:
-        with open(path, "rb") as f:
-            start = f.read(16)
-            size = os.fstat(f.fileno()).st_size
-    except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read ({e.strerror}): check the name and the folder") from e
-    if size == 0:
-        raise CheckpointError(f"{path}: the file is empty: copy or download it again")
-    if start.startswith((b"PK", torch_file.LEGACY)):
-        return _read_torch(path, size, prefix), {}
-    if start[8:9] == b"{":
-        return _read_safetensors(path, size)
-    raise CheckpointError(f"{path}: expected .safetensors or a PyTorch .pt archive, found {_what(start)}")
-
-
-def _read_safetensors(path: Path, size: int) -> tuple[dict[str, Tensor], dict]:
-    try:
-        with safe_open(path, "pt") as f:
-            metadata = f.metadata() or {}
-            tensors = {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, OSError, KeyError, ValueError, AttributeError) as e:
-        raise CheckpointError(
-            f"{path}: a damaged or cut .safetensors of {size} bytes ({_line(e)}): download it again"
-        ) from e
-    if META not in metadata:
-        return tensors, metadata
-    try:
-        meta = json.loads(metadata[META])
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(
-            f"{path}: its '{META}' metadata is no JSON ({_line(e)}): download it again"
-        ) from e
-    if not isinstance(meta, dict):
-        raise CheckpointError(f"{path}: its '{META}' metadata is no JSON object: download it again")
-    return tensors, meta
-
-
-def _read_torch(path: Path, size: int, prefix: str) -> dict[str, Tensor]:
-    try:
-        with open(path, "rb") as f:
-            tree = torch_file.read(f, size, prefix)
-    except Refused as e:
-        raise CheckpointError(
-            f"{path}: refused {e}: a checkpoint may hold only tensors, arrays and dictionaries; "
-            f"nothing of the file was executed. Get it from its original source"
-        ) from e
-    except (
-        ValueError,
-        KeyError,
-        NotImplementedError,  # zipfile's, for a compression that it does not know
-        RuntimeError,
-        OSError,
-        zipfile.BadZipFile,
-        EOFError,
-    ) as e:
-        raise CheckpointError(
-            f"{path}: a damaged or cut PyTorch archive of {size} bytes ({_line(e)}): download it again"
-        ) from e
-    if not isinstance(tree, dict) or not all(isinstance(v, Tensor) for v in tree.values()):
-        found = ", ".join(map(str, list(tree)[:4])) if isinstance(tree, dict) else type(tree).__name__
-        raise CheckpointError(f"{path}: expected a dictionary of tensors, found {found[:100]}: wrong file?")
-    return {str(k): v for k, v in tree.items()}
-
-
 def _match(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
     """Raise ValueError unless keys and shapes are the same."""
     for k in wanted.keys() | found.keys():
@@ -372,20 +262,3 @@ def _require(path: Path, wanted: str, meta: dict, kind: str, tensors: dict, advi
             f"kind '{meta['kind']}'" if "kind" in meta else f"tensors like '{next(iter(tensors), 'none')}'"
         )
         raise CheckpointError(f"{path}: expected {wanted}, found {found[:100]}: {advice}")
-
-
-def _what(start: bytes) -> str:
-    """A file that is neither, from its first bytes, and what to do about it."""
-    if start.startswith(b"version https://"):
-        return "a Git LFS pointer: run git lfs pull"
-    if start.lstrip()[:1] == b"<":
-        return "a web page: download the file itself"
-    if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04"):
-        return "a bare pickle, which is not read here: convert it, or choose another file"
-    if start[:2] == b"\x1f\x8b":
-        return "a gzip archive: unpack it first"
-    return "something else: choose another file, or copy or download it again"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import buffers, checkpoints
+from . import buffers, files
 from .diffusion import linear_schedule, training_loss
 
 STATE = "state.safetensors"
@@ -255,12 +255,12 @@ def save_state(state: State, path: Path) -> None:
             tensors[f"adam.{key}.{name}"] = value
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     meta = {"kind": "training state", "step": state.step, "scaler": state.scaler.state_dict()}
-    checkpoints.save(path, tensors, meta)
+    files.save(path, tensors, meta)
 
 
 def load_state(state: State, path: Path) -> None:
     """Continue from `save_state`'s file. Raises ValueError when it belongs to another network."""
-    tensors, meta = checkpoints.read(path)
+    tensors, meta = files.read(path)
     if meta.get("kind") != "training state":
         raise ValueError(f"{path} is no training state")
     try:
@@ -280,7 +280,7 @@ def load_state(state: State, path: Path) -> None:
 
 def weights(path: str | Path) -> dict[str, Tensor]:
     """The weights to start another run from: the EMA of a training state, or a bare model file."""
-    tensors, _ = checkpoints.read(path)
+    tensors, _ = files.read(path)
     return _part(tensors, "ema.") or {k: v for k, v in tensors.items() if not k.startswith("meta.")}
 
 

@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from rig_core import checkpoints
-from rig_core.checkpoints import CheckpointError
+from rig_core import checkpoints, files
 from rig_core.denoisers.rig import DiffusionRig, RigConfig
 from rig_core.estimators.identity import ArcFace, ArcFaceConfig, Block, Excite
+from rig_core.files import CheckpointError
 from rig_core.unpickle import Record, Refused, load, weights
 
 CONFIG = RigConfig(32, 32, (1, 2), 1, (16,), num_heads=2, latent_dim=8, encoder_width=8, norm_groups=8)
@@ -129,8 +129,8 @@ def test_any_tensors_and_meta_come_back(tmp_path):
         "view": torch.arange(12).reshape(3, 4).T,
     }
     meta = {"kind": "x", "nested": {"a": [1, 2.5, None, True]}, "name": "ü"}
-    checkpoints.save(tmp_path / "a.safetensors", tensors, meta)
-    found, found_meta = checkpoints.read(tmp_path / "a.safetensors")
+    files.save(tmp_path / "a.safetensors", tensors, meta)
+    found, found_meta = files.read(tmp_path / "a.safetensors")
     assert found_meta == meta and found.keys() == tensors.keys()
     assert all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in tensors.items())
 
@@ -146,7 +146,7 @@ def test_default_head_loads():
 
 def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
-    checkpoints.save(path, {"a": torch.ones(3)}, {"n": 1})
+    files.save(path, {"a": torch.ones(3)}, {"n": 1})
     before = path.read_bytes()
 
     def full(*_):
@@ -156,17 +156,17 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         with monkeypatch.context() as m:
             m.setattr(os, name, full)
             with pytest.raises(OSError, match="No space left"):
-                checkpoints.save(path, {"a": torch.zeros(3)}, {"n": 2})
+                files.save(path, {"a": torch.zeros(3)}, {"n": 2})
         assert path.read_bytes() == before
         assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
     with pytest.raises(TypeError):
-        checkpoints.save(path, {"a": torch.zeros(3)}, {"n": object()})
+        files.save(path, {"a": torch.zeros(3)}, {"n": object()})
     assert path.read_bytes() == before
 
 
 def test_saved_files_follow_the_umask(tmp_path):
     (tmp_path / "plain").touch()
-    checkpoints.save(tmp_path / "a.safetensors", {"a": torch.ones(1)}, {})
+    files.save(tmp_path / "a.safetensors", {"a": torch.ones(1)}, {})
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
@@ -198,7 +198,7 @@ def test_tensors_of_every_type(tmp_path, dtype, protocol):
     tree = {"whole": x, "view": x[1:, ::2], "T": x.t(), "empty": x[:0], "number": x[0, 0]}
     tree["parameter"] = torch.nn.Parameter(torch.randn(3))
     torch.save(tree, tmp_path / "a.pt", pickle_protocol=protocol)
-    found, meta = checkpoints.read(tmp_path / "a.pt")
+    found, meta = files.read(tmp_path / "a.pt")
     assert meta == {} and found.keys() == tree.keys()
     assert all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in tree.items())
 
@@ -338,9 +338,9 @@ def storage_pickle(count, shape, stride=None, offset=0, key="0"):
 def test_false_claims_about_sizes(tmp_path, claims, message):
     path = archive(tmp_path / "a.pt", storage_pickle(**claims), [("data/0", bytes(16))])
     with pytest.raises(CheckpointError, match=message):
-        checkpoints.read(path)
+        files.read(path)
     good = archive(tmp_path / "b.pt", storage_pickle(4, (2, 2)), [("data/0", struct.pack("<4f", 1, 2, 3, 4))])
-    assert checkpoints.read(good)[0]["a"].tolist() == [[1, 2], [3, 4]]
+    assert files.read(good)[0]["a"].tolist() == [[1, 2], [3, 4]]
 
 
 def test_zip_bombs(tmp_path):
@@ -371,7 +371,7 @@ def test_rig_with_a_false_architecture_is_not_built(tmp_path):
         {"dropout": []},
         {"image_size": 7},
     ):
-        meta = {checkpoints.META: json.dumps({"kind": "diffusion_rig", "config": config})}
+        meta = {files.META: json.dumps({"kind": "diffusion_rig", "config": config})}
         save_file(state, tmp_path / "a.safetensors", meta)
         line(tmp_path / "a.safetensors")
 
@@ -424,7 +424,7 @@ def test_a_network_pickled_whole_gives_its_weights(tmp_path, monkeypatch, zipped
     write(tree, tmp_path / "r18.tar", zipped)
     monkeypatch.delitem(sys.modules, "models")  # reading cannot import it
     wanted = tree["model"].state_dict()
-    found, meta = checkpoints.read(tmp_path / "r18.tar")
+    found, meta = files.read(tmp_path / "r18.tar")
     assert meta == {} and found.keys() == wanted.keys() and all(k.startswith("module.") for k in found)
     assert all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in wanted.items())
     model = checkpoints.load_identity(tmp_path / "r18.tar")
@@ -495,7 +495,7 @@ def test_old_streams_of_tensors(tmp_path):
     tree = {"whole": x, "view": x[1:, ::2], "empty": x[:0], "long": torch.arange(3), "bool": x > 0}
     tree |= {"bfloat16": x.bfloat16(), "parameter": torch.nn.Parameter(torch.randn(3))}
     write(tree, path, False)
-    found, _ = checkpoints.read(path)
+    found, _ = files.read(path)
     assert found.keys() == tree.keys()
     assert all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in tree.items())
     model = rig(PUBLISHED)
@@ -563,7 +563,7 @@ def test_files_of_another_kind(tmp_path):
     assert "expected an open head, found kind 'diffusion_rig'" in line(
         tmp_path / "rig.safetensors", checkpoints.load_head
     )
-    head = checkpoints.ASSETS / "open_head.safetensors"
+    head = files.ASSETS / "open_head.safetensors"
     assert "expected a DiffusionRig denoiser, found kind 'open_head'" in line(head)
     save_file({"lora.up": torch.ones(2)}, tmp_path / "lora.safetensors")
     assert "found tensors like 'lora.up'" in line(tmp_path / "lora.safetensors")
@@ -596,12 +596,12 @@ def test_rig_with_wrong_tensors(tmp_path):
 def test_damaged_metadata(tmp_path):
     path = tmp_path / "a.safetensors"
     for text in ("{", "[]", "[" * 10**5):
-        save_file({"a": torch.ones(1)}, path, {checkpoints.META: text})
+        save_file({"a": torch.ones(1)}, path, {files.META: text})
         assert "metadata is no JSON" in line(path)
 
 
 def test_incomplete_head(tmp_path):
-    tensors, meta = checkpoints.read(checkpoints.ASSETS / "open_head.safetensors")
+    tensors, meta = files.read(files.ASSETS / "open_head.safetensors")
     del tensors["shape_modes"]
     save_file(tensors, tmp_path / "a.safetensors", meta)
     assert "the open head is incomplete" in line(tmp_path / "a.safetensors", checkpoints.load_head)

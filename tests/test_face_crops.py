@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from rig_core import checkpoints
+from rig_core import files
 from rig_core.estimators import landmarks as lm
 from training import estimators
 from training import face_crops as fc
@@ -16,7 +16,7 @@ from training import face_crops as fc
 def dotted_faces(n: int = 6) -> fc.Faces:
     """Dark pictures with a bright 7 px spot on landmark 30 (the nose), the same face a little moved."""
     true = torch.tensor(
-        json.loads((checkpoints.ASSETS.parents[1] / "tests/golden/landmarks.json").read_text())["astronaut"]
+        json.loads((files.ASSETS.parents[1] / "tests/golden/landmarks.json").read_text())["astronaut"]
     )
     shape = (true - true.float().mean(0)) * 1.6 + 128
     g = torch.Generator().manual_seed(1)
@@ -116,9 +116,9 @@ def test_finder_loss_falls_where_the_answer_is_right():
 def test_training_writes_what_the_pack_reads(tmp_path, monkeypatch):
     """Two steps of each network through the command line, then the evaluation of the file."""
     (tmp_path / "images").mkdir()
-    photo = Image.open(checkpoints.ASSETS / "astronaut.jpg").convert("RGB")
+    photo = Image.open(files.ASSETS / "astronaut.jpg").convert("RGB")
     true = torch.tensor(
-        json.loads((checkpoints.ASSETS.parents[1] / "tests/golden/landmarks.json").read_text())["astronaut"]
+        json.loads((files.ASSETS.parents[1] / "tests/golden/landmarks.json").read_text())["astronaut"]
     )
     box = (96, 6, 352, 262)
     names = [{"name": f"face-{i}"} for i in range(7)]
@@ -131,7 +131,7 @@ def test_training_writes_what_the_pack_reads(tmp_path, monkeypatch):
     base = ["estimators", "landmarks", "--faces", str(tmp_path), "--out", str(out), "--batch", "6"]
     monkeypatch.setattr("sys.argv", [*base, "--finder-steps", "2", "--landmark-steps", "2"])
     estimators.main()
-    tensors, meta = checkpoints.read(out)
+    tensors, meta = files.read(out)
     assert (meta["kind"], meta["faces"], meta["finder_steps"]) == ("landmarks", 5, 2)
     nets = lm.from_tensors(tensors)
     first = nets.landmarks(torch.rand(1, 3, 96, 96))[0]
@@ -139,7 +139,7 @@ def test_training_writes_what_the_pack_reads(tmp_path, monkeypatch):
         "sys.argv", [*base, "--init", str(out), "--finder-steps", "0", "--landmark-steps", "1"]
     )
     estimators.main()
-    again = lm.from_tensors(checkpoints.read(out)[0])
+    again = lm.from_tensors(files.read(out)[0])
     for key, value in nets.finder.state_dict().items():
         assert torch.equal(value, again.finder.state_dict()[key]), key
     assert first.shape == (1, 68, 2)

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from rig_core import align, checkpoints
-from rig_core.checkpoints import CheckpointError
+from rig_core import align, checkpoints, files
 from rig_core.data import append, finish
 from rig_core.estimators import identity
 from rig_core.estimators.identity import ArcFace, ArcFaceConfig
+from rig_core.files import CheckpointError
 from tests.golden_files import golden
 from training import estimators
 from training import identity as training
@@ -182,7 +182,7 @@ def test_files_come_back(tmp_path):
     model, x = small(), torch.rand(2, 3, 64, 64)
     state = model.state_dict()
     ours = {k: v for k, v in state.items() if "num_batches" not in k}
-    checkpoints.save(tmp_path / "ours.safetensors", ours, {"kind": "identity"})
+    files.save(tmp_path / "ours.safetensors", ours, {"kind": "identity"})
     torch.save({f"module.{k}": v for k, v in state.items()}, tmp_path / "parallel.pt")
     torch.save(state, tmp_path / "bare.pt")
     for name in ("ours.safetensors", "parallel.pt", "bare.pt"):
@@ -194,9 +194,9 @@ def test_files_come_back(tmp_path):
 def test_bad_files(tmp_path):
     state, path = small().state_dict(), tmp_path / "a.safetensors"
     assert "cannot be read" in line(tmp_path / "missing.tar")
-    head = checkpoints.ASSETS / "open_head.safetensors"
+    head = files.ASSETS / "open_head.safetensors"
     assert "expected an identity encoder, found kind 'open_head'" in line(head)
-    checkpoints.save(path, state, {"kind": "identity"})
+    files.save(path, state, {"kind": "identity"})
     assert "found kind 'identity'" in line(path, checkpoints.load_rig)
     save_file({"lora.up": torch.ones(2)}, path)
     assert "expected an identity encoder, found tensors like 'lora.up'" in line(path)
@@ -298,7 +298,7 @@ def test_a_short_training_writes_a_file_that_loads(tmp_path, capsys, monkeypatch
     assert "renders: 2 persons, 4 pictures" in table and "10 pictures of 5 persons" in capsys.readouterr().out
     net = checkpoints.load_identity(tmp_path / "a.safetensors")
     assert net.config == training.CONFIG
-    meta = checkpoints.read(tmp_path / "a.safetensors")[1]
+    meta = files.read(tmp_path / "a.safetensors")[1]
     assert meta["persons"] == 5 and meta["pictures"] == 10 and meta["steps"] == 3
     words = ["estimators", "identity", *command.split(), "--model", f"{tmp_path}/a.safetensors"]
     monkeypatch.setattr(sys, "argv", words)
@@ -337,7 +337,7 @@ def portraits():
     points = json.loads((FOLDER / "landmarks.json").read_text())
     out = []
     for name in ("astronaut", "grace_hopper"):
-        array = np.asarray(Image.open(checkpoints.ASSETS / f"{name}.jpg").convert("RGB")).copy()
+        array = np.asarray(Image.open(files.ASSETS / f"{name}.jpg").convert("RGB")).copy()
         photo = torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255
         out.append(align.ffhq_crop(torch.tensor(points[name], dtype=torch.float32)[None], 128).apply(photo))
     return torch.cat(out).clamp(0, 1)
@@ -345,10 +345,10 @@ def portraits():
 
 def test_default_is_small(default):
     assert default.config.embedding == 128
-    path = checkpoints.ASSETS / "identity.safetensors"
+    path = files.ASSETS / "identity.safetensors"
     assert path.stat().st_size <= 2 * 2**20
     assert 6e5 < sum(p.numel() for p in default.parameters()) < 1e6
-    meta = checkpoints.read(path)[1]
+    meta = files.read(path)[1]
     assert meta["kind"] == "identity" and meta["config"] == default.config.to_dict()
 
 

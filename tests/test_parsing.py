@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from rig_core import checkpoints
-from rig_core.checkpoints import CheckpointError
 from rig_core.estimators import parsing
+from rig_core.files import CheckpointError
 from tests.golden_files import golden
 
 

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from rig_core import checkpoints
-from rig_core.checkpoints import CheckpointError
 from rig_core.denoisers.relight import DiFaReli, RelightCondition, RelightConfig, both, start_open
 from rig_core.denoisers.rig import DiffusionRig, RigConfig
 from rig_core.diffusion import training_loss
+from rig_core.files import CheckpointError
 from tests.golden_files import golden, recipe, relight_keys, relight_pair, small_relight
 
 SMALL = RelightConfig(32, 32, (1, 2, 2), 1, (16, 8), cond_dim=672, proj_dim=32)

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rig_core import checkpoints
-from rig_core.checkpoints import CheckpointError
+from rig_core import checkpoints, files
 from rig_core.estimators import shadow
+from rig_core.files import CheckpointError
 from tests.golden_files import FOLDER, golden
 from training import shadow as training
 
@@ -114,7 +114,7 @@ def test_published_files_give_the_projected_code(encoder, published):
 def test_only_the_averaged_encoder_is_read(published, monkeypatch):
     read, names = zipfile.ZipFile.read, []
     monkeypatch.setattr(zipfile.ZipFile, "read", lambda z, n, *a: names.append(n) or read(z, n, *a))
-    tensors, _ = checkpoints.read(published / "last.ckpt", ENCODER)
+    tensors, _ = files.read(published / "last.ckpt", ENCODER)
     assert len(tensors) == 116 and all(k.startswith(ENCODER) for k in tensors)
     assert sum("/data/" in n for n in names) == 116
 
@@ -174,15 +174,15 @@ def test_files_that_are_no_estimator(published, tmp_path):
     assert "cannot be read" in line(a)
     save_file({"x": torch.ones(2)}, a)
     assert "expected an estimator of cast shadows, found tensors like 'x'" in line(a)
-    head = checkpoints.ASSETS / "open_head.safetensors"
+    head = files.ASSETS / "open_head.safetensors"
     assert "kind 'open_head'" in line(head)
     torch.save({"state_dict": {ENCODER + "out.3.bias": torch.zeros(512)}}, tmp_path / "part.ckpt")
     (tmp_path / "shadow_cls_weight.pkl").write_bytes((published / "shadow_cls_weight.pkl").read_bytes())
     assert "is missing" in line(tmp_path / "part.ckpt")
     net = shadow.ShadowNet().state_dict()
-    checkpoints.save(a, net | {"head.bias": torch.zeros(2)}, {"kind": "shadow"})
+    files.save(a, net | {"head.bias": torch.zeros(2)}, {"kind": "shadow"})
     assert "'head.bias' is [2] instead of [1]" in line(a)
-    checkpoints.save(a, net | {"head.bias": torch.full((1,), torch.nan)}, {"kind": "shadow"})
+    files.save(a, net | {"head.bias": torch.full((1,), torch.nan)}, {"kind": "shadow"})
     assert "'head.bias' holds numbers that are not finite" in line(a)
 
 
@@ -190,12 +190,12 @@ def test_files_that_are_no_estimator(published, tmp_path):
 
 
 def test_own_estimator_is_small_and_comes_back(tmp_path):
-    path = checkpoints.ASSETS / "shadow.safetensors"
+    path = files.ASSETS / "shadow.safetensors"
     net = checkpoints.load_shadow()
     assert isinstance(net, shadow.ShadowNet) and not net.training
     assert sum(p.numel() for p in net.parameters()) <= 250_000 and path.stat().st_size <= 500_000
     again = tmp_path / "again.safetensors"
-    checkpoints.save(again, net.state_dict(), {"kind": "shadow"})
+    files.save(again, net.state_dict(), {"kind": "shadow"})
     s = shadow.scalar(net, face())
     assert s.shape == (1, 1) and torch.equal(s, shadow.scalar(checkpoints.load_shadow(again), face()))
 

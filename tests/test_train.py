@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rig_core import buffers, checkpoints, data, train
+from rig_core import buffers, checkpoints, data, files, train
 from rig_core.denoisers.blocks import strided_conv
 from rig_core.denoisers.rig import DiffusionRig, RigConfig
 from tests.golden_files import golden, small_rig
@@ -231,7 +231,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, kind):
 
     config = train.Config(steps=50, lr=1e-3, warmup=3, precision="fp32", log_every=2)
     state = train.train(config, tiny(), tmp_path, interrupt, prepare)
-    assert state.step == 3 and checkpoints.read(tmp_path / train.STATE)[1]["step"] == 3
+    assert state.step == 3 and files.read(tmp_path / train.STATE)[1]["step"] == 3
     assert signal.getsignal(kind) is before
     resumed = everything(run(tmp_path, 5, resume=True))
     whole = everything(run(tmp_path / "whole", 5))

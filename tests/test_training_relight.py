@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from rig_core import buffers, checkpoints, conditions, data, matte, train
+from rig_core import buffers, checkpoints, conditions, data, files, matte, train
 from rig_core.denoisers.relight import RelightConfig
 from rig_core.denoisers.rig import DiffusionRig, RigConfig
 from rig_core.estimators import identity, shadow
@@ -57,7 +57,7 @@ def batch(folder, picks, size=SIZE):
 
 
 def test_annotations_are_the_estimators_answers(folder, head):
-    tensors, meta = checkpoints.read(folder / relight_data.NAME)
+    tensors, meta = files.read(folder / relight_data.NAME)
     assert json.loads(meta["names"]) == [f"f{i}" for i in range(COUNT)]
     b = batch(folder, list(range(COUNT)))
     image = b.image / 255.0
@@ -79,8 +79,8 @@ def test_table_addresses_joined_selections_at_any_size(folder, second):
     parts = [data.Dataset.open(folder).select("train"), data.Dataset.open(second)]
     table = relight_data.Table(parts, 16)
     first, more = (
-        checkpoints.read(folder / relight_data.NAME)[0],
-        checkpoints.read(second / relight_data.NAME)[0],
+        files.read(folder / relight_data.NAME)[0],
+        files.read(second / relight_data.NAME)[0],
     )
     rows = table(torch.tensor([7, 0, 6]), "cpu")  # g1, f1, g0: six of the first are for training
     assert rows["matte"].shape == (3, 1, 16, 16) and rows["embed"].dtype == torch.float32
@@ -176,7 +176,7 @@ def command(*arguments):
 
 
 def state(out):
-    return checkpoints.read(out / train.STATE)[0]
+    return files.read(out / train.STATE)[0]
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +214,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(folder, coarse, tmp_path, no_shee
 def test_what_a_run_writes(folder, coarse, head):
     model, meta = checkpoints.load_relight(coarse / "model.safetensors")
     assert (meta["step"], meta["head"], meta["size"]) == (3, "open", SMALL)
-    embed = checkpoints.read(folder / relight_data.NAME)[0]["embed"].shape[1]
+    embed = files.read(folder / relight_data.NAME)[0]["embed"].shape[1]
     s = head.sizes
     assert model.config == relight.config_of("coarse", SMALL, s.shape + s.pose + s.exp + 3 + embed + 1)
     for k, v in train.weights(coarse / train.STATE).items():
@@ -293,6 +293,6 @@ def test_a_run_may_start_from_a_diffusion_rig(folder, tmp_path, no_sheets):
 def test_annotating_from_the_command_line(head, tmp_path):
     out = portraits(tmp_path / "new", head, 3, 5, "n")
     relight.main(["--annotate", "--data", str(out)])
-    tensors, meta = checkpoints.read(out / relight_data.NAME)
+    tensors, meta = files.read(out / relight_data.NAME)
     assert tensors["matte"].shape == (3, 1, 128, 128) and meta["kind"] == "relight data"
     assert not [p for p in out.iterdir() if p.suffix == ".tmp"]

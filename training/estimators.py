@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from rig_core import checkpoints
+from rig_core import files
 from rig_core.estimators import landmarks as lm
 from training import face_crops as fc
 from training import identity
@@ -120,7 +120,7 @@ def train_landmarks(args: argparse.Namespace) -> None:
     nets = lm.FaceNetworks(lm.FaceNet(), lm.LandmarkNet())
     nets.landmarks.mean_shape.copy_(fc.mean_shape(faces.points))
     if args.init:
-        nets = lm.from_tensors(checkpoints.read(args.init)[0])
+        nets = lm.from_tensors(files.read(args.init)[0])
     nets.finder.requires_grad_(True), nets.landmarks.requires_grad_(True)
     shape = nets.landmarks.mean_shape.clone()
 
@@ -137,7 +137,7 @@ def train_landmarks(args: argparse.Namespace) -> None:
     finder, points = copy.deepcopy(nets.finder).eval(), copy.deepcopy(nets.landmarks).eval()  # written
 
     def save():
-        checkpoints.save(args.out, tensors_of(finder, points), meta)
+        files.save(args.out, tensors_of(finder, points), meta)
 
     def keep(target):
         def kept(average):
@@ -202,7 +202,7 @@ def rotated(photo: Tensor, truth: Tensor, degrees: float) -> tuple[Tensor, Tenso
 
 def evaluate(args: argparse.Namespace) -> str:
     """Markdown table of landmark error and face recall on held-out portraits."""
-    nets = lm.from_tensors(checkpoints.read(args.model)[0]) if args.model else lm.default_networks()
+    nets = lm.from_tensors(files.read(args.model)[0]) if args.model else lm.default_networks()
     sets: dict[str, list[tuple[Tensor, Tensor]]] = {}
     faces, names = fc.load_portraits(args.faces)
     _, held = fc.split(faces, names)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rig_core import checkpoints, conditions, diffusion, pipeline, samplers
+from rig_core import checkpoints, conditions, diffusion, files, pipeline, samplers
 from rig_core.data import Dataset
 from rig_core.denoisers.relight import RelightCondition
 from training import evaluate_pairs, evaluate_photos
@@ -138,7 +138,7 @@ def kept(model: torch.nn.Module, job: Job, way: Way, cache: Path | None) -> Outc
     for v in (*model.state_dict().values(), job.image, *both):
         digest.update(v.detach().cpu().contiguous().numpy().tobytes())
     key = digest.hexdigest()[:16]
-    tensors, meta = checkpoints.read(cache) if cache and cache.exists() else ({}, {})
+    tensors, meta = files.read(cache) if cache and cache.exists() else ({}, {})
     if f"{key}.back" in tensors:
         evaluations, seconds = meta[key].split()
         return Outcome(tensors[f"{key}.back"], tensors[f"{key}.relit"], int(evaluations), float(seconds))
@@ -146,7 +146,7 @@ def kept(model: torch.nn.Module, job: Job, way: Way, cache: Path | None) -> Outc
     if cache:
         tensors |= {f"{key}.back": out.back, f"{key}.relit": out.relit}
         meta = {k: v for k, v in meta.items() if f"{k}.back" in tensors}
-        checkpoints.save(cache, tensors, meta | {key: f"{out.evaluations} {out.seconds}"})
+        files.save(cache, tensors, meta | {key: f"{out.evaluations} {out.seconds}"})
     return out
 
 

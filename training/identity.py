@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rig_core import checkpoints
+from rig_core import checkpoints, files
 from rig_core.data import Dataset
 from rig_core.estimators import identity
 
@@ -277,5 +277,5 @@ def write(args: argparse.Namespace, net: identity.ArcFace, sets: list[Persons]) 
         "persons": sum(int(s.labels.max()) + 1 for s in sets),
         "photos": bool(args.photos),
     }
-    checkpoints.save(args.out, state, meta)
+    files.save(args.out, state, meta)
     print(f"wrote {args.out} ({args.out.stat().st_size / 2**20:.2f} MB)")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rig_core import checkpoints, conditions, matte
+from rig_core import checkpoints, conditions, files, matte
 from rig_core.data import Dataset, Portraits
 from rig_core.estimators import identity, shadow
 
@@ -42,9 +42,7 @@ def annotate(head, folder: str | Path, size: int = 128, batch: int = 32, progres
             rows["shadow"].append(shadow.scalar(judge, image))
     names = json.dumps([e.name for e in dataset.entries])
     path = Path(folder) / NAME
-    checkpoints.save(
-        path, {k: torch.cat(v) for k, v in rows.items()}, {"kind": "relight data", "names": names}
-    )
+    files.save(path, {k: torch.cat(v) for k, v in rows.items()}, {"kind": "relight data", "names": names})
 
 
 def _bytes(x: Tensor) -> Tensor:
@@ -70,7 +68,7 @@ def _rows(dataset: Dataset, size: int) -> dict[str, Tensor]:
         raise FileNotFoundError(
             f"{path} is missing: python -m training.relight --annotate --data {path.parent}"
         )
-    tensors, meta = checkpoints.read(path)
+    tensors, meta = files.read(path)
     row = {name: i for i, name in enumerate(json.loads(meta["names"]))}
     missing = next((e.name for e in dataset.entries if e.name not in row), None)
     if missing:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rig_core import buffers, checkpoints, data
+from rig_core import buffers, checkpoints, data, files
 from rig_core.estimators import landmarks, shadow
 from training import synth, synth_light, synth_scene
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         calibrate(net, images, dim)
         meta = {"kind": "shadow", "scenes": len(every[0]), "steps": args.steps, "seed": args.seed}
         tensors = {k: v.half() if v.ndim > 1 else v for k, v in net.state_dict().items()}
-        checkpoints.save(args.out, tensors, meta)
+        files.save(args.out, tensors, meta)
     net = checkpoints.load_shadow(args.out)
     print_table("held-out synthetic persons", measure(net, unseen, unseen_dim))
     if args.photos:
@@ -98,9 +98,9 @@ def scenes(folder: Path, seeds: range) -> tuple[Tensor, Tensor]:
         path = folder / f"scenes-{start:07d}.safetensors"
         if not path.exists():
             image, dim = pairs(range(start, start + CHUNK))
-            checkpoints.save(path, {"images": image, "dim": dim}, {"kind": "shadow_scenes"})
+            files.save(path, {"images": image, "dim": dim}, {"kind": "shadow_scenes"})
             print(f"rendered scenes {start} to {start + CHUNK - 1}", flush=True)
-        tensors, _ = checkpoints.read(path)
+        tensors, _ = files.read(path)
         images.append(tensors["images"])
         dims.append(tensors["dim"])
     return torch.cat(images)[: len(seeds)], torch.cat(dims)[: len(seeds)]

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checkpoints
+from .. import files
 from ..align import Crop, check_image
 
 CROP = 96  # px, side of the landmark network's input
@@ -155,7 +155,7 @@ def from_tensors(tensors: dict[str, Tensor]) -> FaceNetworks:
 def default_networks(device: str = "cpu") -> FaceNetworks:
     """The networks that come with the pack, read once a device."""
     with torch.inference_mode(False):
-        return from_tensors(checkpoints.read(checkpoints.ASSETS / "landmarks.safetensors")[0]).to(device)
+        return from_tensors(files.read(files.ASSETS / "landmarks.safetensors")[0]).to(device)
 
 
 def find_faces(
@@ -360,7 +360,7 @@ def face_alignment_landmarks(image: Tensor, boxes: Tensor, model_folder: str | P
 
         def _load_native(self, network_name, network_size, device, dtype):
             net = FAN(network_size)
-            net.load_state_dict(checkpoints.read(weights)[0])
+            net.load_state_dict(files.read(weights)[0])
             return net.to(device, dtype=dtype).eval()
 
     image = _check(image)
