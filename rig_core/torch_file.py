@@ -1,88 +1,115 @@
 """What torch.save writes, read without executing anything: the zip archive, and the older stream.
 
 The structure comes first, through the restricted unpickler, with storages that only claim their size; then
-the bytes of those tensors that are wanted. Damage is a ValueError (or what zipfile raises).
+the bytes of those tensors that are wanted. Damage is a ValueError. Tensors in bare pickles, each with a
+stream of its own, are read here too.
 """
 
 from __future__ import annotations
 
-import io
-import zipfile
+from collections import deque
 from collections.abc import Callable
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from .unpickle import Record, weights
-from .unpickle import load as unpickle
+from . import zip_file
+from .arrays import Budget
+from .opcodes import CHUNK
+from .unpickle import Record, Storage, load, plain, weights
 
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch.save began with before PyTorch 1.6
-MAX_PICKLE = 64 * 2**20  # bytes of structure; the tensors are beside it
 
 
-def read(f: BinaryIO, size: int, prefix: str):
-    """The tree of an opened file of `size` bytes; of the tensors those below prefix, if any."""
-    legacy = f.read(len(LEGACY)) == LEGACY
-    return _read_legacy(f, size, prefix) if legacy else _read_archive(f, size, prefix)
+def read(f: BinaryIO, size: int, prefix: str = "") -> object:
+    """The tree of an opened file of `size` bytes; of its tensors those below prefix, if any."""
+    start = f.read(len(LEGACY))
+    return _read_stream(f, size, prefix) if start == LEGACY else _read_archive(f, size, prefix)
 
 
-def _read_archive(f: BinaryIO, size: int, prefix: str):
-    """torch.save's zip archive: data.pkl (the structure) and data/<key> (one member a storage)."""
-    with zipfile.ZipFile(f) as z:
-        members = {i.filename: i for i in z.infolist()}
-        if any(i.compress_type != zipfile.ZIP_STORED for i in members.values()):
-            raise ValueError("its members are compressed, which torch.save never does")
-        # stored members that do not overlap cannot claim more than the file has
-        if len(members) != len(z.infolist()) or sum(i.file_size for i in members.values()) > size:
-            raise ValueError("its members claim more bytes than the file has")
-        pickles = [n for n in members if n.count("/") == 1 and n.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise ValueError("it holds no data.pkl")
-        root = pickles[0].removesuffix("data.pkl")
-        if members[pickles[0]].file_size > MAX_PICKLE:
-            raise ValueError("its data.pkl is too large")
-        if f"{root}byteorder" in members and z.read(f"{root}byteorder").strip() != b"little":
-            raise ValueError("it was written on a big-endian machine")
-        claimed: dict[str, Tensor] = {}
-        tree = unpickle(z.read(pickles[0]), _claims(claimed))
-        for key, v in claimed.items():
-            name = f"{root}data/{key}"
-            if name not in members:
-                raise ValueError(f"storage {key[:20]} is missing")
-            if members[name].file_size != len(v) * v.itemsize:
-                raise ValueError(
-                    f"storage {key[:20]} claims {len(v)} x {v.dtype}, has {members[name].file_size} bytes"
-                )
-        return _filled(_wanted(tree, prefix), claimed, lambda key: z.read(f"{root}data/{key}"))
+def _read_archive(f: BinaryIO, size: int, prefix: str) -> object:
+    """A zip archive: data.pkl (the structure) and data/<key> (one member a storage)."""
+    members = zip_file.members(f, size)
+    pickles = [n for n in members if n.count("/") == 1 and n.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError("it holds no data.pkl")
+    if any(m.deflated for m in members.values()):
+        raise ValueError("its members are compressed, which torch.save never does")
+    structure, root = members[pickles[0]], pickles[0].removesuffix("data.pkl")
+    order = members.get(f"{root}byteorder")
+    if order and (order.size > 20 or b"".join(zip_file.pieces(f, order)).strip() != b"little"):
+        raise ValueError("it was written on a big-endian machine")
+    deque(zip_file.pieces(f, structure), 0)  # for the checksum
+    budget, claimed = Budget.of(size), {}
+    f.seek(structure.start)
+    tree = load(f, structure.start + structure.size, budget, _claims(claimed), read_storage)
+    for key, v in claimed.items():
+        m = members.get(f"{root}data/{key}")
+        if not m:
+            raise ValueError(f"storage {key[:20]} is missing")
+        if m.size != v.count * v.dtype.itemsize:
+            raise ValueError(f"storage {key[:20]} claims {v.count} x {v.dtype}, has {m.size} bytes")
+
+    def fill(storage: Storage) -> Tensor:
+        budget.spend(bytes=storage.count * storage.dtype.itemsize)
+        return _filled(storage, zip_file.pieces(f, members[f"{root}data/{storage.key}"]))
+
+    return plain(_wanted(tree, prefix, budget), budget, fill)
 
 
-def _read_legacy(f: BinaryIO, size: int, prefix: str):
-    """torch.save's older stream, after its magic number: version, machine, structure and list of storages as
-    pickles, then each storage as its count and its bytes."""
-    head = io.BytesIO(f.read(MAX_PICKLE))
-    claimed: dict[str, Tensor] = {}
-    version, machine = unpickle(head, _claims({})), unpickle(head, _claims({}))
+def _read_stream(f: BinaryIO, size: int, prefix: str) -> object:
+    budget = Budget.of(size)
+    tree, fill = _stream(f, size, budget, read_storage)
+    return plain(_wanted(tree, prefix, budget), budget, fill)
+
+
+def read_storage(f: BinaryIO, size: int, budget: Budget) -> Storage:
+    """The storage in an older stream: how a pickled tensor holds its bytes."""
+    tree, fill = _stream(f, size, budget, None)
+    if not isinstance(tree, Storage):
+        raise ValueError("a tensor without its storage")
+    fill(tree)
+    return tree
+
+
+def read_pickle(f: BinaryIO, end: int, budget: Budget) -> object:
+    """The object of a bare pickle where f stands; tensors in it have streams of their own."""
+    return plain(load(f, end, budget, None, read_storage), budget)
+
+
+def _stream(f: BinaryIO, size: int, budget: Budget, inner: Callable | None) -> tuple[object, Callable]:
+    """The structure of an older stream, and what fills a storage of it.
+
+    After a magic number: version, machine, structure and list of storages as pickles, then each storage as
+    its count and its bytes.
+    """
+    f.seek(0)
+    if f.read(len(LEGACY)) != LEGACY:
+        raise ValueError("a stream without its beginning")
+    claimed: dict[str, Storage] = {}
+    version, machine = load(f, size, budget), load(f, size, budget)
     if version != 1001 or not isinstance(machine, dict) or machine.get("little_endian") is not True:
         raise ValueError("it is of another version, or was written on a big-endian machine")
-    tree, keys = unpickle(head, _claims(claimed)), unpickle(head, _claims({}))
+    tree, keys = load(f, size, budget, _claims(claimed), inner), load(f, size, budget)
     if not isinstance(keys, list) or sorted(map(_text, keys)) != sorted(claimed):
         raise ValueError("its list of storages is not that of its structure")
-    f.seek(len(LEGACY) + head.tell())
     starts = {}
     for key in keys:
         v, count = claimed[key], int.from_bytes(f.read(8), "little")
         starts[key] = f.tell()
-        end = starts[key] + len(v) * v.itemsize
-        if count != len(v) or end > size:
-            raise ValueError(f"storage {key[:20]} claims {len(v)} x {v.dtype}, has {count} or is cut")
+        end = starts[key] + v.count * v.dtype.itemsize
+        if count != v.count or end > size:
+            raise ValueError(f"storage {key[:20]} claims {v.count} x {v.dtype}, has {count} or is cut")
         f.seek(end)
 
-    def raw(key: str) -> bytes:
-        f.seek(starts[key])
-        return f.read(len(claimed[key]) * claimed[key].itemsize)
+    def fill(storage: Storage) -> Tensor:
+        n = storage.count * storage.dtype.itemsize
+        budget.spend(bytes=n)
+        f.seek(starts[storage.key])
+        return _filled(storage, (f.read(min(CHUNK, n - i)) for i in range(0, n, CHUNK)))
 
-    return _filled(_wanted(tree, prefix), claimed, raw)
+    return tree, fill
 
 
 def _text(value) -> str:
@@ -91,47 +118,39 @@ def _text(value) -> str:
     return value
 
 
-def _claims(claimed: dict[str, Tensor]) -> Callable[[str, torch.dtype, int], Tensor]:
-    """For `unpickle`: storages on the meta device, gathered in `claimed`. What is wanted is read later."""
+def _claims(claimed: dict[str, Storage]) -> Callable[[str, torch.dtype, int], Storage]:
+    """For `load`: storages without their bytes, gathered in `claimed`."""
 
-    def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
-        if key not in claimed:
-            claimed[key] = torch.empty(count, dtype=dtype, device="meta")
-        found = claimed[key]
-        if found.dtype != dtype or len(found) != count:
+    def storage(key: str, dtype: torch.dtype, count: int) -> Storage:
+        if not 0 <= count < 2**48:
+            raise ValueError(f"storage {key[:20]} claims {count} x {dtype}")
+        found = claimed.setdefault(key, Storage(key, dtype, count))
+        if found.dtype != dtype or found.count != count:
             raise ValueError(f"storage {key[:20]} is claimed twice, differently")
         return found
 
     return storage
 
 
-def _wanted(tree, prefix: str):
+def _filled(storage: Storage, pieces) -> Tensor:
+    """The flat tensor of a storage, kept in it, out of its bytes."""
+    data, at = bytearray(storage.count * storage.dtype.itemsize), 0
+    for piece in pieces:
+        data[at : at + len(piece)] = piece
+        at += len(piece)
+    if at != storage.count * storage.dtype.itemsize or len(data) != at:
+        raise ValueError(f"storage {storage.key[:20]} is cut")
+    storage.data = (
+        torch.frombuffer(data, dtype=storage.dtype) if data else torch.empty(0, dtype=storage.dtype)
+    )
+    return storage.data
+
+
+def _wanted(tree, prefix: str, budget: Budget):
     """The dictionary of tensors in what else training code saves with it."""
     if isinstance(tree, dict) and isinstance(tree.get("model"), Record):
-        tree = weights(tree["model"])
+        tree = weights(tree["model"], budget)
     if isinstance(tree, dict) and prefix:
-        tree = tree["state_dict"] if isinstance(tree.get("state_dict"), dict) else tree
+        tree = next((tree[k] for k in ("state_dict", prefix) if isinstance(tree.get(k), dict)), tree)
         tree = {k: v for k, v in tree.items() if str(k).startswith(prefix)} or tree
     return tree
-
-
-def _filled(tree, claimed: dict[str, Tensor], raw: Callable[[str], bytes]):
-    """The tree with the tensors of the file: raw(key) -> bytes of a storage."""
-    key_of = {_memory(v): k for k, v in claimed.items()}
-    loaded: dict[str, Tensor] = {}
-
-    def fill(v: Tensor) -> Tensor:
-        key = key_of[_memory(v)]
-        if key not in loaded:
-            data = bytearray(raw(key))
-            loaded[key] = torch.frombuffer(data, dtype=v.dtype) if data else torch.empty(0, dtype=v.dtype)
-        return loaded[key].as_strided(v.shape, v.stride(), v.storage_offset())
-
-    if not isinstance(tree, dict):
-        return tree
-    return {k: fill(v) if isinstance(v, Tensor) and v.is_meta else v for k, v in tree.items()}
-
-
-def _memory(v: Tensor) -> int:
-    """The same number for tensors on the same memory, also on the meta device, where that has no address."""
-    return v.untyped_storage()._cdata

@@ -1,7 +1,6 @@
 """Files of weights: exact round trips, and every kind of bad file ends in one clear line."""
 
 import builtins
-import io
 import json
 import os
 import pickle
@@ -10,20 +9,18 @@ import sys
 import types
 import warnings
 import zipfile
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from rig_core import checkpoints, files
 from rig_core.denoisers.rig import DiffusionRig, RigConfig
 from rig_core.estimators.identity import ArcFace, ArcFaceConfig, Block, Excite
 from rig_core.files import CheckpointError
-from rig_core.unpickle import Record, Refused, load, weights
+from tests.hostile import Call, archive
 
 CONFIG = RigConfig(32, 32, (1, 2), 1, (16,), num_heads=2, latent_dim=8, encoder_width=8, norm_groups=8)
 PUBLISHED = RigConfig(32, 32, (1, 2), 1, (16,), latent_dim=8, encoder_width=8)
@@ -47,15 +44,6 @@ def line(path, call=checkpoints.load_rig):
         call(path)
     assert str(path) in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 600
     return str(e.value)
-
-
-def archive(path, data_pkl, members=(), compression=zipfile.ZIP_STORED):
-    """A file like torch.save's around any pickle."""
-    with zipfile.ZipFile(path, "w", compression) as z:
-        z.writestr("archive/data.pkl", data_pkl)
-        for name, data in members:
-            z.writestr(f"archive/{name}", data)
-    return path
 
 
 # ours
@@ -155,7 +143,7 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     for name in ("fsync", "replace"):
         with monkeypatch.context() as m:
             m.setattr(os, name, full)
-            with pytest.raises(OSError, match="No space left"):
+            with pytest.raises(files.CheckpointError, match=r"written \(No space left on device; it takes"):
                 files.save(path, {"a": torch.zeros(3)}, {"n": 2})
         assert path.read_bytes() == before
         assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
@@ -187,50 +175,7 @@ def test_published_weights_as_safetensors(tmp_path):
     assert same(checkpoints.load_rig(path)[0], model)
 
 
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32]
-DTYPES += [torch.int16, torch.int8, torch.uint8, torch.bool]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_tensors_of_every_type(tmp_path, dtype, protocol):
-    x = (torch.randn(4, 6) * 10).to(dtype)
-    tree = {"whole": x, "view": x[1:, ::2], "T": x.t(), "empty": x[:0], "number": x[0, 0]}
-    tree["parameter"] = torch.nn.Parameter(torch.randn(3))
-    torch.save(tree, tmp_path / "a.pt", pickle_protocol=protocol)
-    found, meta = files.read(tmp_path / "a.pt")
-    assert meta == {} and found.keys() == tree.keys()
-    assert all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in tree.items())
-
-
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_numpy_arrays_become_tensors(protocol):
-    tree = OrderedDict(a=np.arange(6.0).reshape(2, 3), b=np.asfortranarray(np.eye(3, dtype=np.int32)[:2]))
-    if protocol == 5:  # arrays leave as buffers, which torch.save does not use
-        tree = OrderedDict(a=tree["a"].tolist())
-    tree["s"] = np.float32(2.5) if protocol < 5 else 2.5
-    found = load(pickle.dumps(tree, protocol), None)
-    assert found["s"] == 2.5
-    for k in tree.keys() - {"s"}:
-        assert np.array_equal(np.asarray(found[k]), np.asarray(tree[k]))
-
-
-def test_big_endian_array_is_converted():
-    a = np.arange(5, dtype=">i4")
-    assert load(pickle.dumps({"a": a}, 2), None)["a"].tolist() == [0, 1, 2, 3, 4]
-
-
 # hostile files
-
-
-class Call:
-    """Pickles as a call of f(*args)."""
-
-    def __init__(self, f, *args):
-        self.call = f, args
-
-    def __reduce__(self):
-        return self.call
 
 
 HOSTILE = {
@@ -257,102 +202,6 @@ def test_hostile_pickles_are_refused_and_not_executed(tmp_path, name, protocol):
         checkpoints.load_rig(tmp_path / "a.pt")
     assert "nothing of the file was executed" in line(tmp_path / "a.pt")
     assert not mark.exists()
-
-
-def test_allowed_names_do_nothing_unexpected():
-    def tree(text):
-        return b"\x80\x02" + text + b"."
-
-    with pytest.raises(Refused, match="setting the state of 'collections.OrderedDict'"):
-        load(tree(b"ccollections\nOrderedDict\n}X\x01\x00\x00\x00aK\x01sb"), None)
-    with pytest.raises(Refused, match="calling 'torch.FloatStorage'"):
-        load(tree(b"ctorch\nFloatStorage\n)R"), None)
-    with pytest.raises(Refused, match="calling a tuple"):
-        load(tree(b"))R"), None)
-    with pytest.raises(Refused, match="PERSID"):
-        load(tree(b"Pabc\n"), None)
-    with pytest.raises(Refused, match="opcode INST"):
-        load(tree(b"(ios\nsystem\n"), None)
-    with pytest.raises(Refused, match="opcode EXT1"):
-        load(tree(b"\x82\x01"), None)
-    with pytest.raises(Refused, match="key"):
-        load(tree(b"})K\x01s"), None)
-
-
-def test_structures_that_explode_are_harmless():
-    deep = b"".join(
-        b"q%c2h%ch%c\x86" % (i, i, i) for i in range(1, 120)
-    )  # each tuple holds the last one twice
-    with pytest.raises(ValueError):
-        load(b"\x80\x02)" + deep + b")R.", None)
-    nested = {}
-    for _ in range(200):
-        nested = {"a": nested, "b": nested}
-    assert load(pickle.dumps(nested), None)["a"]["b"]["a"].keys() == {"a", "b"}
-
-
-@settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_damaged_pickles_never_surprise(data):
-    whole = pickle.dumps(OrderedDict(a=np.arange(3), b={"c": [1, 2.0, "x", None]}, d=(True, b"z")), 2)
-    raw = bytearray(whole)
-    for _ in range(data.draw(st.integers(1, 4))):
-        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-    try:
-        load(bytes(raw[: data.draw(st.integers(0, len(raw)))]), None)
-    except ValueError:
-        pass  # Refused is one
-
-
-def storage_pickle(count, shape, stride=None, offset=0, key="0"):
-    """A pickle of one float tensor with these claims about its storage."""
-    buffer = io.BytesIO()
-
-    class Storage:
-        pass
-
-    class Pickler(pickle._Pickler):
-        def persistent_id(self, obj):
-            return ("storage", torch.FloatStorage, key, "cpu", count) if isinstance(obj, Storage) else None
-
-    stride = stride or tuple(int(np.prod(shape[i + 1 :])) for i in range(len(shape)))
-    call = Call(torch._utils._rebuild_tensor_v2, Storage(), offset, shape, stride, False, OrderedDict())
-    Pickler(buffer, 2).dump({"a": call})
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("claims", "message"),
-    [
-        (dict(count=10**12, shape=(10**12,)), "claims 1000000000000 x torch.float32, has 16 bytes"),
-        (dict(count=3, shape=(3,)), "claims 3 x"),
-        (dict(count=4, shape=(5,)), r"shape \[5\] in a storage of 4"),
-        (dict(count=4, shape=(10**6, 10**6), stride=(0, 0)), "in a storage of 4"),
-        (dict(count=4, shape=(2, 2), stride=(3, 1)), "reaches past"),
-        (dict(count=4, shape=(2,), offset=3), "reaches past"),
-        (dict(count=4, shape=(2,), offset=-1), "numbers"),
-        (dict(count=4, shape=(2,), stride=("x" * 9,)), "numbers"),
-        (dict(count=4, shape=(4,), key="../../x"), "storage ../../x is missing"),
-    ],
-)
-def test_false_claims_about_sizes(tmp_path, claims, message):
-    path = archive(tmp_path / "a.pt", storage_pickle(**claims), [("data/0", bytes(16))])
-    with pytest.raises(CheckpointError, match=message):
-        files.read(path)
-    good = archive(tmp_path / "b.pt", storage_pickle(4, (2, 2)), [("data/0", struct.pack("<4f", 1, 2, 3, 4))])
-    assert files.read(good)[0]["a"].tolist() == [[1, 2], [3, 4]]
-
-
-def test_zip_bombs(tmp_path):
-    zeros = ("data/0", bytes(10**6))
-    packed = archive(tmp_path / "a.pt", storage_pickle(250_000, (250_000,)), [zeros], zipfile.ZIP_DEFLATED)
-    assert "compressed" in line(packed)
-    twice = tmp_path / "b.pt"
-    archive(twice, storage_pickle(250_000, (250_000,)), [zeros])
-    # a directory entry that claims more than the file holds
-    raw = twice.read_bytes().replace(struct.pack("<I", 10**6), struct.pack("<I", 10**9))
-    twice.write_bytes(raw)
-    assert "more bytes than the file has" in line(twice)
 
 
 def test_rig_with_a_false_architecture_is_not_built(tmp_path):
@@ -444,8 +293,8 @@ def test_hostile_networks_are_refused_and_not_executed(tmp_path, monkeypatch, zi
         ("_modules", {"more": torch.nn.LSTM(2, 2)}, r"refused 'torch\.nn\.modules\.rnn\.LSTM'"),
         ("_modules", {"a": tree["model"]}, "refused a network that holds a part of itself twice"),
         ("_modules", {"a": net.bn1, "b": net.bn1}, "refused a network that holds a part of itself twice"),
-        ("_modules", {"a": torch.ones(1)}, "damaged .*Record expected, Tensor found"),
-        ("_buffers", {"a": "text"}, "damaged .*Tensor expected, str found"),
+        ("_modules", {"a": torch.ones(1)}, "damaged .*Record expected, View found"),
+        ("_buffers", {"a": "text"}, "damaged .*View expected, str found"),
         ("_parameters", [1], "damaged .*dict expected, list found"),
         ("_modules", {3: net.bn1}, "damaged .*str expected, int found"),
     ]:
@@ -457,36 +306,6 @@ def test_hostile_networks_are_refused_and_not_executed(tmp_path, monkeypatch, zi
         with pytest.raises(CheckpointError, match=wanted):
             checkpoints.load_identity(tmp_path / "a.tar")
     assert not mark.exists()
-
-
-def test_records_cannot_be_called_or_nested_without_end():
-    linear = b"\x80\x02ctorch.nn.modules.linear\nLinear\n"
-    assert load(linear + b")\x81.", None).state == {}
-    for text, message in [
-        (b"K\x01K\x02\x86R.", "calling 'torch.nn.modules.linear.Linear'"),
-        (b")\x81)R.", "calling a Record"),
-        (b")\x81)b.", "damaged pickle: dict expected"),
-        (b")\x81}(K\x01K\x02ub.", None),
-        (b")\x81(K\x01K\x02u.", "damaged pickle: dict expected"),
-    ]:
-        if message is None:
-            assert weights(load(linear + text, None)) == {}
-        else:
-            with pytest.raises(ValueError, match=message):
-                load(linear + text, None)
-    backend = b"ctorch.nn.backends.thnn\n_get_thnn_function_backend\n)R"
-    assert load(linear + b")\x81}X\x08\x00\x00\x00_backend" + backend + b"sb.", None).state == {
-        "_backend": None
-    }
-    deep = Record("models.ResNet", {})
-    for _ in range(30):
-        deep = Record("models.ResNet", {"_modules": {"a": deep}})
-    with pytest.raises(Refused, match="too deep"):
-        weights(deep)
-    with pytest.raises(Refused, match="calling 'collections.defaultdict'"):
-        load(b"\x80\x02ccollections\ndefaultdict\nccollections\ndefaultdict\n\x85R.", None)
-    with pytest.raises(ValueError, match="calling|damaged"):
-        load(b"\x80\x02c__builtin__\nset\nK\x01\x85R.", None)
 
 
 def test_old_streams_of_tensors(tmp_path):
