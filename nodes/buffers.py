@@ -18,7 +18,7 @@ class RenderBuffers(io.ComfyNode):
             description="Renders the head: lit, normals, albedo, shading. This is what steers the denoiser.",
             inputs=[
                 sockets.FaceModel.Input("face_model", tooltip="The one that the face was fitted with."),
-                sockets.FaceCode.Input("face_code", tooltip="From Fit to Landmarks or an edit."),
+                sockets.FaceCode.Input("face_code", tooltip="From DECA Encode, Fit to Landmarks or an edit."),
                 io.Int.Input(
                     "size",
                     default=0,

@@ -3,7 +3,7 @@
 import torch
 from comfy_api.latest import io, ui
 
-from ..rig_core import diffusion, pipeline, samplers
+from ..rig_core import conditions, diffusion, pipeline, samplers
 from ..rig_core.denoisers.rig import DiffusionRig
 from . import host, sockets
 
@@ -193,7 +193,10 @@ class DDIMInvert(io.ComfyNode):
     ):  # fmt: skip
         net = host.loaded(model)
         given, (spec, solver) = sockets.condition(conditioning, net), _how(preset, steps, solver, spacing)
-        x = host.repeat(host.pictures(image, "image"), len(given), "image") * 2 - 1
+        x = host.pictures(image, "image")
+        if x.shape[2] == x.shape[3] == host.picture_size(net, model.model.meta):
+            x = conditions.shrink(x, net.config.image_size)
+        x = host.repeat(x, len(given), "image") * 2 - 1
         n, height, width = len(x), *x.shape[2:]
         if (height, width) != given.size:
             raise ValueError(

@@ -1,10 +1,10 @@
-"""From photo to face and back: Align Face, Fit to Landmarks, Paste Back."""
+"""From photo to face and back: Align Face, Fit to Landmarks, DECA Encode, Paste Back."""
 
 import torch
 from comfy_api.latest import io, ui
 
-from ..rig_core import align, buffers, pipeline
-from ..rig_core.estimators import landmark_fit, locate
+from ..rig_core import align, buffers, conditions, pipeline
+from ..rig_core.estimators import deca, landmark_fit, locate
 from ..rig_core.face import cat
 from . import host, sockets
 
@@ -16,6 +16,21 @@ FACE_CHOICE = [
         tooltip="How faces are counted when a picture shows several.",
     ),
     io.Int.Input("index", default=0, min=0, max=63, tooltip="Which face in that order, counted from 0."),
+]
+CODE_INPUTS = [
+    sockets.FaceModel.Input("face_model", tooltip="From Load Face Model."),
+    io.Image.Input("image", tooltip="Aligned faces (Align Face), up to 2048 pixels a side."),
+    *FACE_CHOICE,
+    sockets.FaceLandmarks.Input(
+        "landmarks",
+        optional=True,
+        tooltip="Landmarks in pixels of the image, from Align Face. Without them they are found.",
+    ),
+]
+CODE_OUTPUTS = [
+    sockets.FaceCode.Output(display_name="face_code", tooltip="The face in numbers."),
+    sockets.SHLight.Output(display_name="light", tooltip="The light found in the photo."),
+    io.Image.Output(display_name="overlay", tooltip="The fitted head over the photo: they should agree."),
 ]
 MODES = ["ratio", "difference", "replace"]
 
@@ -119,47 +134,71 @@ class FitToLandmarks(io.ComfyNode):
                 "Fits the 3D head to a photo: shape, expression, pose and camera from 68 landmarks, skin "
                 "and light from the pixels."
             ),
-            inputs=[
-                sockets.FaceModel.Input("face_model", tooltip="From Load Face Model."),
-                io.Image.Input("image", tooltip="Aligned faces (Align Face), up to 2048 pixels a side."),
-                *FACE_CHOICE,
-                sockets.FaceLandmarks.Input(
-                    "landmarks",
-                    optional=True,
-                    tooltip="Landmarks in pixels of the image, from Align Face. Without them they are found.",
-                ),
-            ],
-            outputs=[
-                sockets.FaceCode.Output(display_name="face_code", tooltip="The face in numbers."),
-                sockets.SHLight.Output(display_name="light", tooltip="The light found in the photo."),
-                io.Image.Output(
-                    display_name="overlay", tooltip="The fitted head over the photo: they should agree."
-                ),
-            ],
+            inputs=CODE_INPUTS,
+            outputs=CODE_OUTPUTS,
         )
 
     @classmethod
     def execute(cls, face_model, image, order, index, landmarks=None):
-        x = host.pictures(image, "image", most=2048)
-        points = (
-            locate.locate(x, order, index)[0]
-            if landmarks is None
-            else landmark_fit.check_landmarks(landmarks)
+        def fit(head, x, points):
+            return landmark_fit.fit(head, points, tuple(x.shape[2:]), x)
+
+        return _estimated(cls, fit, face_model, image, order, index, landmarks)
+
+
+class DECAEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FaceRig_DECAEncode",
+            display_name="DECA Encode",
+            category="Face Rig/estimate",
+            description=(
+                "Reads shape, expression, pose, camera, skin and light of FLAME off a photo with DECA, as in "
+                "the training of the published models."
+            ),
+            inputs=CODE_INPUTS,
+            outputs=CODE_OUTPUTS,
         )
-        x = host.repeat(x, len(points), "image")
-        with host.gradients():
-            head, x, points = host.head(face_model), x.clone(), points.to(x.device).clone()
-            parts = host.chunks(len(x), 256, 256)
-            progress = host.Progress(len(parts))
-            codes, overlays = [], []
-            for part in parts:
-                code = landmark_fit.fit(head, points[part], tuple(x.shape[2:]), x[part])
-                b = buffers.render(head, code)
-                overlays.append(host.image(x[part] + b.mask * (b.rendered - x[part])))
-                codes.append(host.result(code))
-                progress.step()
-        code, overlay = cat(codes), torch.cat(overlays)
-        return io.NodeOutput(code, code.light, overlay, ui=ui.PreviewImage(overlay[:4], cls=cls))
+
+    @classmethod
+    def execute(cls, face_model, image, order, index, landmarks=None):
+        net = host.deca(face_model)
+        if net is None:
+            raise ValueError(
+                "'face_model' has no DECA: put deca_model.tar beside FLAME's files in models/face_rig and "
+                "choose it at Load Face Model, or use Fit to Landmarks"
+            )
+
+        def encode(head, x, points):
+            return deca.encode(net, x, points)
+
+        return _estimated(cls, encode, face_model, image, order, index, landmarks)
+
+
+def _estimated(cls, estimate, face_model, image, order, index, landmarks):
+    """The output of a node that estimates codes: estimate(head, pictures, landmarks) -> FaceCode."""
+    x = host.pictures(image, "image", most=2048)
+    if landmarks is None:
+        points = locate.locate(x, order, index)[0]
+    else:
+        points = landmark_fit.check_landmarks(landmarks)
+    x = host.repeat(x, len(points), "image")
+    with host.gradients():
+        head, x, points = host.head(face_model), x.clone(), points.to(x.device).clone()
+        # FLAME without its texture is shown grey
+        grey = None if getattr(head, "has_texture", True) else torch.full((1, 3, 256, 256), conditions.GREY)
+        parts = host.chunks(len(x), 256, 256)
+        progress = host.Progress(len(parts))
+        codes, overlays = [], []
+        for part in parts:
+            code = estimate(head, x[part], points[part])
+            b = buffers.render(head, code, albedo=grey)
+            overlays.append(host.image(x[part] + b.mask * (b.rendered - x[part])))
+            codes.append(host.result(code))
+            progress.step()
+    code, overlay = cat(codes), torch.cat(overlays)
+    return io.NodeOutput(code, code.light, overlay, ui=ui.PreviewImage(overlay[:4], cls=cls))
 
 
 class PasteBack(io.ComfyNode):

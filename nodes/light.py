@@ -28,7 +28,9 @@ class SHLightEdit(io.ComfyNode):
                     "face_model",
                     tooltip="The one that the face was fitted with: it knows which lights its models saw.",
                 ),
-                sockets.FaceCode.Input("face_code", tooltip="From Fit to Landmarks or Edit Face."),
+                sockets.FaceCode.Input(
+                    "face_code", tooltip="From DECA Encode, Fit to Landmarks or Edit Face."
+                ),
                 io.Float.Input(
                     "azimuth",
                     default=50.0,
@@ -199,9 +201,10 @@ class LightFromPhoto(io.ComfyNode):
         points, _ = locate.locate(x, order, index)
         progress, lights, shown = host.Progress(len(x)), [], []
         with host.gradients():
-            head = host.head(face_model)
+            head, net = host.head(face_model), host.deca(face_model)
             for i in range(len(x)):
-                face = pipeline.estimate(head, x[i : i + 1].clone(), PHOTO, points[i : i + 1].clone())
+                one = x[i : i + 1].clone(), PHOTO, points[i : i + 1].clone()
+                face = pipeline.estimate(head, *one, encoder=net)
                 lights.append(host.result(face.code.light))
                 shown.append(host.image(torch.cat([face.image, _ball(face.code.light, PHOTO)], 3)))
                 progress.step()

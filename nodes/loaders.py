@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..rig_core import checkpoints
+from ..rig_core import checkpoints, flame_files
 from . import host, sockets
 
 FILES = (
@@ -20,26 +20,35 @@ class LoadFaceModel(io.ComfyNode):
             display_name="Load Face Model",
             category="Face Rig/loaders",
             description=(
-                "Loads the 3D head that photos are fitted to. Use one for fitting, editing and rendering."
+                "Loads the 3D head that photos are fitted to, and DECA with FLAME. Use one for estimating, "
+                "editing and rendering."
             ),
             inputs=[
                 io.Combo.Input(
-                    "file", options=host.model_names(), default=host.DEFAULT, tooltip="The head. " + FILES
+                    "file",
+                    options=host.model_names(),
+                    default=host.DEFAULT,
+                    tooltip=(
+                        "The head. " + FILES + " Of DECA and FLAME choose generic_model.pkl or "
+                        "deca_model.tar, the rest is found beside it."
+                    ),
                 )
             ],
             outputs=[
-                sockets.FaceModel.Output(display_name="face_model", tooltip="For Fit, Edit Face and Render.")
+                sockets.FaceModel.Output(
+                    display_name="face_model", tooltip="For DECA Encode, Fit, Edit Face and Render."
+                )
             ],
         )
 
     @classmethod
     def fingerprint_inputs(cls, file):
-        return host.model_fingerprint(file)
+        return host.model_fingerprint(file, lambda folder: flame_files.find(folder).values())
 
     @classmethod
     def execute(cls, file):
         with host.gradients():
-            return io.NodeOutput(checkpoints.load_head(host.model_path(file)))
+            return io.NodeOutput(host.face_model(checkpoints.load_face_model(host.model_path(file))))
 
 
 class LoadDiffusionRig(io.ComfyNode):
@@ -106,7 +115,10 @@ class LoadDiFaReli(io.ComfyNode):
                 io.Model.Output(display_name="model", tooltip="Works on pixels: three channels, no VAE."),
                 io.Int.Output(
                     display_name="image_size",
-                    tooltip="Pixels of the pictures it was trained on: the size for Align Face.",
+                    tooltip=(
+                        "The size for Align Face: what the model works at; 256 for smaller published ones, "
+                        "which are given pictures of 256 made smaller."
+                    ),
                 ),
             ],
         )
@@ -121,7 +133,7 @@ class LoadDiFaReli(io.ComfyNode):
         second = None if modulator == BESIDE else host.model_path(modulator, f"choose '{BESIDE}'")
         with host.gradients():
             net, meta = checkpoints.load_relight(host.model_path(file), second)
-            return io.NodeOutput(host.model(net, meta), net.config.image_size)
+            return io.NodeOutput(host.model(net, meta), host.picture_size(net, meta))
 
 
 class LoadIdentityEncoder(io.ComfyNode):

@@ -133,8 +133,10 @@ class DiFaReliCondition(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="From Load DiFaReli."),
                 sockets.FaceModel.Input("face_model", tooltip="The one that the face was fitted with."),
-                sockets.FaceCode.Input("face_code", tooltip="From Fit to Landmarks, of the same picture."),
-                io.Image.Input("image", tooltip="The aligned photo, at the model's image_size."),
+                sockets.FaceCode.Input(
+                    "face_code", tooltip="From DECA Encode or Fit to Landmarks, of the same picture."
+                ),
+                io.Image.Input("image", tooltip="The aligned photo, at the image_size of Load DiFaReli."),
                 sockets.FaceEmbed.Input("embed", tooltip="From ArcFace Embed, of the same picture."),
                 io.Float.Input(
                     "shadow",
@@ -165,7 +167,8 @@ class DiFaReliCondition(io.ComfyNode):
                     "cast_shadow",
                     default=True,
                     tooltip=(
-                        "The shadow that the head casts on itself is drawn into the grey head. Keep it on."
+                        "The shadow that the head casts on itself is drawn into the grey head. Keep it on; "
+                        "off for the published models, which were trained without."
                     ),
                 ),
                 sockets.SHLight.Input(
@@ -196,7 +199,7 @@ class DiFaReliCondition(io.ComfyNode):
         light=None, head=None,
     ):  # fmt: skip
         net, x = host.denoiser(model, DiFaReli), host.pictures(image, "image")
-        head_model, size = host.head(face_model), net.config.image_size
+        head_model, size = host.head(face_model), host.picture_size(net, model.model.meta)
         face_code.require_head(head_model.name)
         _check_sizes(x, face_code, size)
         amounts = _amounts(shadow, shadow_change, strengths).to(x)
@@ -222,10 +225,12 @@ class DiFaReliCondition(io.ComfyNode):
             portrait = pipeline.Portrait(x[own], None, code[i])
             background = conditions.background(x[own], mask)
             subject = pipeline.Subject(background, embed[own], amounts[some], mask)
+            if net.config.image_size < size:
+                portrait, subject = pipeline.shrink(portrait, subject, net.config.image_size)
             seen, said = _tell(net, head_model, portrait, subject, light[some], cast_shadow, progress)
             spatial.append(seen)
             vector.append(said)
-            mattes.append(mask)
+            mattes.append(subject.matte)
         spatial, vector = torch.cat(spatial), torch.cat(vector)
         _check_vector(vector, net, code, embed)
         shown = host.few(spatial)

@@ -47,7 +47,7 @@ class EditFace(io.ComfyNode):
             description="Turns the head, opens the jaw, moves the eyes, changes the expression.",
             inputs=[
                 sockets.FaceModel.Input("face_model", tooltip="The one that the face was fitted with."),
-                sockets.FaceCode.Input("face_code", tooltip="From Fit to Landmarks."),
+                sockets.FaceCode.Input("face_code", tooltip="From DECA Encode or Fit to Landmarks."),
                 _degrees(
                     "yaw", 90.0, "Degrees; above 0 turns the face to the right of the picture. Good: -25..25."
                 ),

@@ -1,6 +1,6 @@
 """What travels between the nodes: our own socket types, and what our CONDITIONING and LATENT hold.
 
-FACE_MODEL        head model (rig_core.heads.HeadModel)
+FACE_MODEL        rig_core.heads.FaceModel: a head and, where there is one, DECA (see host.estimator)
 FACE_CODE         rig_core.face.FaceCode, B faces of one picture size
 FACE_LANDMARKS    [B,68,2] float, pixels of the picture they were found in
 FACE_CROP         Aligned: where the aligned faces were

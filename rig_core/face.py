@@ -85,15 +85,12 @@ class FaceCode(Batch):
             )
 
     def resized(self, size: tuple[int, int]) -> FaceCode:
-        """The same face in the same picture at another resolution (pixel corners stay put)."""
+        """The same face in the same picture at another resolution: image space stays put.
+
+        Convention: buffers.to_image divides pixels by the size, so the crop is scaled and not shifted.
+        """
         sy, sx = self.size[0] / size[0], self.size[1] / size[1]
-        # new px -> old px: corners at -0.5 stay put
-        m = torch.tensor(
-            [[sx, 0, 0.5 * sx - 0.5], [0, sy, 0.5 * sy - 0.5], [0, 0, 1]],
-            dtype=self.crop.dtype,
-            device=self.crop.device,
-        )
-        return self.replace(crop=self.crop @ m, size=size)
+        return self.replace(crop=self.crop * self.crop.new_tensor([sx, sy, 1.0]), size=size)
 
 
 def lerp(a: FaceCode, b: FaceCode, w: Tensor | float) -> FaceCode:

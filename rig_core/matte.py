@@ -44,6 +44,7 @@ def head_matte(head, code: FaceCode, image: Tensor) -> Tensor:
     if lacking:
         raise ValueError(
             f"the '{head.name}' head has no mask '{lacking[0]}': use the open head or a face parser"
+            + (", or put FLAME_masks.pkl beside FLAME's files" if head.name == "flame" else "")
         )
     n = min(s, WORK)
     small = F.interpolate(image, (n, n), mode="area") if n < s else image

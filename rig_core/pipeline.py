@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import align, buffers, conditions, diffusion, matte, ratio, samplers, sh, warp
-from .estimators import identity, landmark_fit, landmarks, parsing, shadow
+from .estimators import deca, identity, landmark_fit, landmarks, parsing, shadow
 from .face import FaceCode, axis_angle_to_matrix, cat, matrix_to_axis_angle
 
 STEPS, SOLVER, GUIDANCE = "quad20", "ab2", 1.5
@@ -36,11 +36,14 @@ class Portrait:
     code: FaceCode
 
 
-def estimate(head, photo: Tensor, size: int, points: Tensor | None = None, face: int = 0) -> Portrait:
-    """Find a face, set it upright and fit the head to it.
+def estimate(
+    head, photo: Tensor, size: int, points: Tensor | None = None, face: int = 0, encoder=None
+) -> Portrait:
+    """Find a face, set it upright and estimate its code: fit the head, or ask the head's encoder.
 
-    photo [1,3,H,W] 0..1. size: of the crop in pixels, the denoiser's. points [1,68,2]: landmarks in photo
-    pixels if they are known. face: 0 is the largest face of the photo.
+    photo [1,3,H,W] 0..1. size: of the crop in pixels, the denoiser's (or larger, see `shrink`). points
+    [1,68,2]: landmarks in photo pixels if they are known. face: 0 is the largest face of the photo. encoder:
+    DECA for FLAME (`checkpoints.load_face_model` gives both); None fits the head to landmarks and pixels.
     Raises landmarks.NoFaceError when there is no such face.
     """
     photo = align.check_image(photo)
@@ -51,7 +54,12 @@ def estimate(head, photo: Tensor, size: int, points: Tensor | None = None, face:
         points = landmarks.find_landmarks(photo, boxes[face : face + 1])
     crop = align.ffhq_crop(points, size)
     image = crop.apply(photo)
-    code = landmark_fit.fit(head, crop.apply_points(points), (size, size), image)
+    points = crop.apply_points(points)
+    if encoder is None:
+        code = landmark_fit.fit(head, points, (size, size), image)
+    else:
+        code = deca.encode(encoder, image, points)
+        code.require_head(head.name)
     return Portrait(image, crop, code)
 
 
@@ -69,7 +77,9 @@ def turn(
 
     yaw > 0 turns the face to the right of the picture, pitch > 0 lifts the chin, roll > 0 tilts it
     counter-clockwise; jaw > 0 opens the mouth; gaze (right, up). expressions: weights of the head's named
-    shapes, 0..1, such as mouthSmile_L=0.6. Raises ValueError for a name that the head does not have.
+    shapes, 0..1, such as mouthSmile_L=0.6. Raises ValueError for a name that the head does not have, and for
+    a gaze where its eyes rest. The open head turns on its neck; FLAME's face is re-centred (`recentre`), as
+    published.
     """
     code.require_head(head.name)
     deg = torch.pi / 180
@@ -85,15 +95,34 @@ def turn(
         pose[:, :3] = matrix_to_axis_angle(step @ axis_angle_to_matrix(code.pose[:, :3]))
     pose[:, 3] += jaw * deg
     if any(gaze):
+        if pose.shape[1] < 8:
+            raise ValueError(f"the eyes of the {head.name} head rest: leave the gaze at 0")
         pose[:, 6:8] += pose.new_tensor(gaze) * deg
     exp = code.exp
     for name, weight in expressions.items():
         if name not in head.expression_names:
-            raise ValueError(
-                f"the {head.name} head has no expression '{name}', only: {', '.join(head.expression_names)}"
-            )
+            known = ", ".join(head.expression_names) or "numbers without names"
+            raise ValueError(f"the {head.name} head has no expression '{name}', only: {known}")
         exp = exp + weight * head.expressions[head.expression_names.index(name)].to(exp)
-    return code.replace(pose=pose, exp=exp)
+    edited = code.replace(pose=pose, exp=exp)
+    return recentre(head, code, edited) if head.name == "flame" else edited
+
+
+def recentre(head, source: FaceCode, edited: FaceCode) -> FaceCode:
+    """Edited faces [B] of a source [B] or [1], moved so that their centres stay where the source's are.
+
+    The published code moves the vertices by the difference of the centres (HeadModel.centre), after every
+    edit; here the camera moves instead, which looks the same. Convention: a mean shape is an edit, too.
+    """
+
+    def seen(code: FaceCode) -> Tensor:
+        """Centre [B,2] in the camera's picture."""
+        centre = head.centre(head.verts(code.shape, code.exp, code.pose))
+        return code.cam[:, :1] * (centre[:, :2] + code.cam[:, 1:])
+
+    scale, shift = edited.cam.split((1, 2), 1)
+    shift = shift + (seen(source) - seen(edited)) / scale
+    return edited.replace(cam=torch.cat([scale, shift], 1))
 
 
 @dataclass(frozen=True)
@@ -193,7 +222,8 @@ def shrink(portrait: Portrait, subject: Subject, size: int) -> tuple[Portrait, S
     As models below 256 px were published: described at 256, then made smaller (LANCZOS).
     """
     image, background = (conditions.shrink(v, size) for v in (portrait.image, subject.background / 2 + 0.5))
-    small = Portrait(image, portrait.crop.resized(size), portrait.code.resized((size, size)))
+    crop = None if portrait.crop is None else portrait.crop.resized(size)
+    small = Portrait(image, crop, portrait.code.resized((size, size)))
     mask = F.interpolate(subject.matte, (size, size), mode="area")
     return small, replace(subject, background=background * 2 - 1, matte=mask)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rig_core import face
+from rig_core import buffers, checkpoints, face, pipeline
 from rig_core.heads import HeadSizes
 from rig_core.heads.flame import Flame
 from rig_core.heads.lbs import lbs
@@ -95,6 +95,83 @@ def test_decode_vertices(flame):
     turned = flame.verts(t["shape"], t["exp"], t["pose_swapped"])
     moved = turned + (t["ffhq_center"] - flame.centre(turned))[:, None]
     close(moved, t["aligned_verts"], 1e-6)
+
+
+def decoded():
+    """Two faces of DiffusionRig's decode, [2] FaceCode, and what it made of them."""
+    t, d = (load_file(GOLDEN / f"{n}.safetensors") for n in ("flame_decode", "diffrig_deca_decode_item"))
+    code = face.FaceCode(
+        shape=t["shape"],
+        tex=torch.zeros(2, 50),
+        exp=t["exp"],
+        pose=t["pose"],
+        cam=d["cam"],
+        light=d["light"],
+        crop=d["crop_tform"],
+        size=(96, 96),
+        head="flame",
+    )
+    return code, t, d
+
+
+def test_recentring_equals_the_published_one(flame):
+    """Vertices and maps of decode(align_ffhq=True, ffhq_center) for exchanged poses."""
+    code, t, d = decoded()
+    got = pipeline.recentre(flame, code, code.replace(pose=t["pose_swapped"]))
+    verts = flame.verts(got.shape, got.exp, got.pose)
+    moved, want = buffers.to_image(verts, got), buffers.to_image(t["aligned_verts"], code)
+    close(moved[..., :2], want[..., :2], 2e-6)
+    assert (moved - buffers.to_image(verts, code))[..., :2].abs().max() > 1e-2  # it matters
+    b = buffers.render(flame, got[0], albedo=d["albedo_uv"])
+    assert (b.mask != d["aligned_alpha"]).sum() <= 2  # the camera moved, not the mesh: rounding at edges
+    same = (b.mask == d["aligned_alpha"]).float()
+    for got, name in ((b.rendered, "aligned_rendered"), (b.normal, "aligned_normal")):
+        assert ((got - d[name]) * same).abs().mean() < 2e-5, name
+
+
+def test_a_mean_shape_is_recentred_too(flame):
+    code, _, _ = decoded()
+    edited = code.replace(shape=code.shape.mean(0, keepdim=True).expand(2, -1), light=code.light.flip(0))
+    got = pipeline.recentre(flame, code, edited)
+    assert (got.cam - code.cam)[:, 1:].abs().max() > 1e-4 and torch.equal(got.cam[:, 0], code.cam[:, 0])
+    assert torch.equal(got.light, edited.light) and torch.equal(got.shape, edited.shape)
+    for a, b in ((code, got), (code[0], pipeline.recentre(flame, code[0], edited))):  # one source for many
+        where = [
+            buffers.to_image(flame.centre(flame.verts(c.shape, c.exp, c.pose))[:, None], c) for c in (a, b)
+        ]
+        if len(a) == 1:
+            where[1] = where[1][:1]  # the second face is in a crop of its own
+        close(where[0][..., :2], where[1][..., :2], 2e-6)
+    assert torch.equal(pipeline.recentre(flame, code, code).cam, code.cam)
+
+
+def test_turning_keeps_the_face_in_place(flame):
+    code, _, _ = decoded()
+    for angles in ({"yaw": 20.0}, {"pitch": -15.0}, {"roll": 30.0}, {"jaw": 12.0}):
+        turned = pipeline.turn(flame, code, **angles)
+        before, after = (
+            buffers.to_image(flame.centre(flame.verts(c.shape, c.exp, c.pose))[:, None], c)
+            for c in (code, turned)
+        )
+        close(before[..., :2], after[..., :2], 5e-6)
+        old, new = (face.axis_angle_to_matrix(c.pose[:, :3]) for c in (code, turned))
+        step = face.matrix_to_axis_angle(new @ old.transpose(1, 2)).rad2deg()
+        want = [-angles.get("pitch", 0.0), angles.get("yaw", 0.0), angles.get("roll", 0.0)]
+        close(step, torch.tensor(want).expand(2, 3), 1e-2)
+        jaw = (turned.pose - code.pose)[:, 3].rad2deg()
+        close(jaw, torch.full((2,), angles.get("jaw", 0.0)), 1e-4)
+    open_head = checkpoints.load_head()
+    plain = open_head.mean_code(1, 64)
+    assert torch.equal(pipeline.turn(open_head, plain, yaw=20.0).cam, plain.cam)  # it turns on its neck
+
+
+def test_what_flame_has_no_names_for(flame):
+    code, _, _ = decoded()
+    with pytest.raises(ValueError, match="no expression 'mouthSmile_L', only: numbers without names"):
+        pipeline.turn(flame, code, mouthSmile_L=0.5)
+    with pytest.raises(ValueError, match="the eyes of the flame head rest"):
+        pipeline.turn(flame, code, gaze=(5.0, 0.0))
+    assert flame.expressions.shape == (0, 50) and flame.expression_names == []
 
 
 def test_texture(flame):

@@ -168,7 +168,8 @@ def _bare_skin(head, frags, normal: Tensor, picture: Tensor) -> Tensor:
 
     The face part of the head that looks at the viewer, less what is far darker or lighter than its median.
     """
-    face = (head.masks["face"] * head.masks["skin"])[None, :, None].to(picture).expand(len(picture), -1, 1)
+    face = (head.masks["skin"] * head.masks.get("face", 1))[None, :, None].to(picture)
+    face = face.expand(len(picture), -1, 1)
     face = raster.interpolate_verts(frags, head.faces, face) > 0.5
     brightness = picture.mean(1, keepdim=True)
     core = torch.where(face & (normal[:, 2:] > 0.6), brightness, torch.nan)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..face import FaceCode
 
@@ -28,6 +28,7 @@ class HeadModel(Protocol):
 
     faces [F,3], uv [T,2] (0..1, v up), uv_faces [F,3]; masks: name -> [V] 0..1;
     light_mean, light_std [9,3]: the lights this head is used with (DECA's basis, display space).
+    expressions [N,E]: row i is the `exp` of expression_names[i] at weight 1; N is 0 for a head without names.
     """
 
     name: str
@@ -38,6 +39,8 @@ class HeadModel(Protocol):
     masks: dict[str, Tensor]
     light_mean: Tensor
     light_std: Tensor
+    expression_names: list[str]
+    expressions: Tensor
 
     landmark_vertices: Tensor
 
@@ -64,6 +67,13 @@ class HeadModel(Protocol):
 
     def to(self, *args, **kwargs) -> HeadModel:
         """Move to a device."""
+
+
+class FaceModel(NamedTuple):
+    """A head, and the network that reads its codes off photos (DECA for FLAME) where there is one."""
+
+    head: HeadModel
+    encoder: nn.Module | None = None
 
 
 def face_centre(inner: Tensor) -> Tensor:

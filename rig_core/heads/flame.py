@@ -6,6 +6,7 @@ Built from tensors in memory; reading the licensed files is the business of `che
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..face import FaceCode, axis_angle_to_matrix
@@ -27,6 +28,7 @@ class Flame(nn.Module):
     """
 
     name = "flame"
+    expression_names: list[str] = []  # FLAME's expressions are numbers without names
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], sizes: HeadSizes | None = None) -> Flame:
@@ -36,7 +38,7 @@ class Flame(nn.Module):
         kintree_table [2,J]; uv [T,2] (v up), uv_faces [F,3]; landmark embedding: static_lmk_faces_idx [51],
         static_lmk_bary_coords [51,3], dynamic_lmk_faces_idx [79,17], dynamic_lmk_bary_coords [79,17,3],
         full_lmk_faces_idx [1,68], full_lmk_bary_coords [1,68,3]; optional: texture_mean [512,512,3] and
-        texture_dirs [512,512,3,K] (blue, green, red, 0..255), mask.NAME [V].
+        texture_dirs [512,512,3,K] (blue, green, red, 0..255), or every second texel of them, mask.NAME [V].
         Raises ValueError when one is missing or their sizes do not fit.
         """
         return cls(tensors, sizes or HeadSizes(shape=100, tex=50, exp=50, pose=6))
@@ -65,7 +67,11 @@ class Flame(nn.Module):
             "full_bary": t["full_lmk_bary_coords"].float().view(-1, 3),
             "light_mean": torch.tensor(LIGHT_MEAN)[:, None].repeat(1, 3),
             "light_std": torch.tensor(LIGHT_STD)[:, None].repeat(1, 3),
+            "expressions": torch.zeros(0, sizes.exp),
         }
+        # joints are linear in the coefficients too
+        for name in ("template", "shapedirs"):
+            buffers[f"joint_{name}"] = torch.einsum("jv,vc...->jc...", buffers["regressor"], buffers[name])
         self.has_texture = "texture_mean" in t
         if self.has_texture:
             # the official nearest resize to 256 takes every second texel; the files hold blue, green, red
@@ -81,25 +87,27 @@ class Flame(nn.Module):
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Vertex masks [V] 0..1 by name, as given to `from_tensors`."""
-        return {k: getattr(self, f"mask_{k}") for k in self.mask_names}
+        """Vertex masks [V] 0..1 by name, as given to `from_tensors`; "skin" is everywhere if it was not."""
+        known = {k: getattr(self, f"mask_{k}") for k in self.mask_names}
+        return {"skin": torch.ones_like(self.template[:, 0])} | known
 
     def verts(self, shape: Tensor, exp: Tensor, pose: Tensor, index: Tensor | None = None) -> Tensor:
         """shape [B,100], exp [B,50], pose [B,6] -> vertices [B,V,3], or those of index [N] alone."""
         rest = torch.zeros_like(pose[:, :3])
         full = torch.cat([pose[:, :3], rest, pose[:, 3:6], rest, rest], 1)
+        template, shapedirs, weights = self.template, self.shapedirs, self.weights
+        posedirs, regressor, joints = self.posedirs, self.regressor, 0
+        if index is not None:  # the joints stand for the vertices that are left out
+            joints = len(self.regressor)
+            template = torch.cat([self.joint_template, template[index]])
+            shapedirs = torch.cat([self.joint_shapedirs, shapedirs[index]])
+            weights = F.pad(weights[index], (0, 0, joints, 0))
+            posedirs = posedirs.unflatten(1, (-1, 3))[:, index].flatten(1)
+            posedirs = F.pad(posedirs, (3 * joints, 0))
+            regressor = torch.eye(joints, len(template)).to(template)
         betas = torch.cat([shape, exp], 1)
-        verts, _ = lbs(
-            betas,
-            full,
-            self.template,
-            self.shapedirs,
-            self.posedirs,
-            self.regressor,
-            self.parents,
-            self.weights,
-        )
-        return verts if index is None else verts[:, index]
+        verts, _ = lbs(betas, full, template, shapedirs, posedirs, regressor, self.parents, weights)
+        return verts[:, joints:]
 
     @property
     def landmark_vertices(self) -> Tensor:
@@ -146,15 +154,20 @@ class Flame(nn.Module):
 
     def albedo(self, tex: Tensor) -> Tensor:
         """tex [B,50] -> [B,3,256,256], unclipped, display space. Raises RuntimeError without a texture."""
-        if not self.has_texture:
-            raise RuntimeError(
-                "this FLAME head has no texture: load FLAME_texture.npz with it, or hand in an albedo"
-            )
-        return self.texture_mean + torch.einsum("bk,kchw->bchw", tex, self.texture_dirs)
+        mean, dirs = self._texture()
+        return mean + torch.einsum("bk,kchw->bchw", tex, dirs)
 
     def skin(self, tex: Tensor, texels: Tensor) -> Tensor:
         """The albedo at texels [B,N] (row * 256 + column) alone: [B,3,N]."""
-        return self.albedo(tex).flatten(2).gather(2, texels[:, None].expand(-1, 3, -1))
+        mean, dirs = (v.flatten(-2)[..., texels] for v in self._texture())
+        return mean.transpose(0, 1) + torch.einsum("bk,kcbn->bcn", tex, dirs)
+
+    def _texture(self) -> tuple[Tensor, Tensor]:
+        if not self.has_texture:
+            raise RuntimeError(
+                "this FLAME head has no texture: put FLAME_texture.npz beside it, or hand in an albedo"
+            )
+        return self.texture_mean, self.texture_dirs
 
     def mean_code(self, batch: int, size: int | tuple[int, int]) -> FaceCode:
         """Mean face, neutral, mean light; the eyes a quarter of the (square) picture apart."""
@@ -180,8 +193,15 @@ def _check(t: dict[str, Tensor], sizes: HeadSizes) -> None:
     missing = [k for k in need if k not in t]
     if missing:
         raise ValueError(f"not a FLAME model: {', '.join(missing)} missing")
-    v, j = len(t["v_template"]), len(t["J_regressor"])
-    want = {"posedirs": (v, 3, 9 * (j - 1)), "weights": (v, j), "J_regressor": (j, v)}
+    v, j, n = len(t["v_template"]), 5, len(t["f"])
+    want = {
+        "posedirs": (v, 3, 9 * (j - 1)),
+        "weights": (v, j),
+        "J_regressor": (j, v),
+        "kintree_table": (2, j),
+    }
+    want |= {"v_template": (v, 3), "f": (n, 3), "uv_faces": (n, 3)}
+    want |= {k: (v,) for k in t if k.startswith("mask.")}
     for k, shape in want.items():
         if tuple(t[k].shape) != shape:
             raise ValueError(f"FLAME's {k} has shape {tuple(t[k].shape)}, wanted {shape}")
@@ -190,3 +210,7 @@ def _check(t: dict[str, Tensor], sizes: HeadSizes) -> None:
             f"FLAME's shapedirs has shape {tuple(t['shapedirs'].shape)}, "
             f"wanted ({v}, 3, at least {SHAPE_SPACE + sizes.exp})"
         )
+    most = {"f": v, "uv_faces": len(t["uv"])} | {f"{k}_faces_idx": n for k in kinds}
+    for k, count in most.items():
+        if t[k].min() < 0 or t[k].max() >= count:
+            raise ValueError(f"FLAME's {k} counts to {int(t[k].max())}, there are only {count}")
