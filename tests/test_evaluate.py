@@ -75,6 +75,51 @@ def test_psnr():
     assert measures.psnr(a, a) == 100
 
 
+def test_mse():
+    a, b = torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.5)
+    b[:, 1] = 0
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[..., :2, :] = 1
+    assert measures.mse(a, b) == measures.mse(a, b, mask) == pytest.approx(0.25 * 2 / 3)
+    b[:, :, 2:] = 0
+    assert measures.mse(a, b) == pytest.approx(0.25 / 3)
+    assert measures.mse(a, b, mask) == pytest.approx(0.5 / 3) and measures.mse(a, b, 1 - mask) == 0
+
+
+def test_moved_is_in_eye_distances():
+    """Eyes 50 px apart; all points 3 px to the left and 4 px down: 10 %."""
+    a = torch.rand(2, 51, 2, generator=torch.Generator().manual_seed(0)) * 100
+    a[:, 19:25], a[:, 25:31] = torch.tensor([10.0, 20.0]), torch.tensor([40.0, 60.0])
+    b = a + torch.tensor([-3.0, 4.0])
+    assert torch.allclose(measures.moved(a, b), torch.full((2,), 10.0), atol=1e-4)
+    b[1, 31:] = a[1, 31:]
+    assert float(measures.moved(a, b)[1]) == pytest.approx(10 * 31 / 51, abs=1e-4)
+
+
+def test_identity_cosine(tools):
+    people = synth.render([910_001, 910_002], 112).image
+    recognise = tools.recognise
+    same, other = (measures.identity_cosine(recognise, people, b) for b in (people, people.flip(0)))
+    darker = measures.identity_cosine(recognise, people, people * 0.9)
+    assert same.shape == (2,) and torch.allclose(same, torch.ones(2), atol=1e-5)
+    assert (darker > 0.9).all() and (other < 0.6).all()
+
+
+def test_interval_of_a_mean():
+    """Of N(0,1): the mean and 1.96 / sqrt(n) to either side; not a number is left out."""
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    low, high = measures.interval(values)
+    mean, half = float(values.mean()), 1.96 * float(values.std()) / 20
+    assert low == pytest.approx(mean - half, abs=0.15 * half) and high == pytest.approx(
+        mean + half, abs=0.15 * half
+    )
+    assert measures.interval(torch.cat([values, torch.tensor([math.nan])])) == pytest.approx(
+        (low, high), abs=0.02
+    )
+    assert measures.interval(torch.tensor([0.3, math.nan])) == pytest.approx((0.3, 0.3))
+    assert all(map(math.isnan, measures.interval(torch.tensor([math.nan]))))
+
+
 def test_ssim_is_one_only_for_equal_pictures(head):
     pytest.importorskip("kornia", reason="structural similarity needs `pip install kornia`")
     pair = lambertian_pair(head)

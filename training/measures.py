@@ -5,25 +5,35 @@ Images are [B,3,H,W] in 0..1 (display space), masks [1,1,H,W] or [B,1,H,W].
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rig_core import align, sh
-from rig_core.estimators import landmarks
+from rig_core.estimators import identity, landmarks
+
+
+def mse(a: Tensor, b: Tensor, mask: Tensor | None = None) -> float:
+    """Mean square difference of pictures in 0..1, over a mask where given."""
+    error = (a - b).square().mean(1, keepdim=True)
+    if mask is None:
+        return float(error.mean())
+    return float((error * mask).sum() / mask.expand_as(error).sum().clamp_min(1))
 
 
 def psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> float:
     """dB of pictures in 0..1, over a mask where given; 100 when they are equal."""
-    error = (a - b).square().mean(1, keepdim=True)
-    mse = error.mean() if mask is None else (error * mask).sum() / mask.expand_as(error).sum().clamp_min(1)
-    return float(-10 * torch.log10(mse.clamp_min(1e-10)))
+    return -10 * math.log10(max(mse(a, b, mask), 1e-10))
 
 
-def ssim(a: Tensor, b: Tensor, mask: Tensor) -> float:
-    """Mean structural similarity over a mask (Wang et al. 2004, 11 px window)."""
+def ssim(a: Tensor, b: Tensor, mask: Tensor | None = None) -> float:
+    """Mean structural similarity (Wang et al. 2004, 11 px window), over a mask where given."""
     from kornia.metrics import ssim as ssim_map
 
     m = ssim_map(a, b, 11).mean(1, keepdim=True)
+    mask = torch.ones_like(m) if mask is None else mask
     return float((m * mask).sum() / mask.sum().clamp_min(1))
 
 
@@ -52,8 +62,18 @@ def drift(before: Tensor, after: Tensor) -> Tensor:
         return torch.full((len(after),), torch.nan)
     a = landmarks.find_landmarks(before, box)[:, 17:]
     b = torch.cat([landmarks.find_landmarks(x[None], box)[:, 17:] for x in after])
+    return moved(a, b)
+
+
+def moved(a: Tensor, b: Tensor) -> Tensor:
+    """Mean distance of the 51 inner landmarks [B,51,2], % of the eye distance in a, [B]."""
     eyes = (a[:, 19:25].mean(1) - a[:, 25:31].mean(1)).norm(dim=-1)
     return (b - a).norm(dim=-1).mean(1) / eyes * 100
+
+
+def identity_cosine(recognise, a: Tensor, b: Tensor) -> Tensor:
+    """How alike the persons in aligned square pictures are, [B]: the cosine of their identity vectors."""
+    return F.cosine_similarity(identity.embed(recognise, a), identity.embed(recognise, b))
 
 
 def brightness(image: Tensor, mask: Tensor) -> Tensor:
@@ -73,6 +93,16 @@ def response(scalars: Tensor, values: Tensor) -> float:
 def falling(values: Tensor) -> bool:
     """Does each of the values [K] lie below the one before?"""
     return bool((values.diff() < 0).all())
+
+
+def interval(values: Tensor, samples: int = 2000) -> tuple[float, float]:
+    """95 % interval of the mean of values [N], by the bootstrap's percentiles (Efron 1979); NaN left out."""
+    values = values[values.isfinite()]
+    if not len(values):
+        return math.nan, math.nan
+    picks = torch.randint(len(values), (samples, len(values)), generator=torch.Generator().manual_seed(0))
+    low, high = values[picks].mean(1).quantile(torch.tensor([0.025, 0.975]).to(values))
+    return float(low), float(high)
 
 
 def table(header: list[str], rows: list[list]) -> str:
