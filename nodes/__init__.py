@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import buffers, diffusion, estimate, host, light, loaders, relight, rig
+from . import buffers, check, diffusion, estimate, host, light, loaders, personal, relight, rig
 
 NODES = [
     loaders.LoadFaceModel,
@@ -13,6 +13,7 @@ NODES = [
     loaders.LoadFaceParser,
     estimate.AlignFace,
     estimate.FitToLandmarks,
+    estimate.DECAEncode,
     relight.ArcFaceEmbed,
     relight.ShadowScalar,
     relight.FaceParse,
@@ -23,6 +24,9 @@ NODES = [
     light.MixLights,
     rig.EditFace,
     rig.MovePhoto,
+    personal.MeanShape,
+    personal.TrainPersonalModel,
+    check.CheckModels,
     buffers.RenderBuffers,
     diffusion.DiffusionRigCondition,
     relight.DiFaReliCondition,

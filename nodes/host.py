@@ -10,6 +10,8 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
+from pathlib import Path
 
 import comfy.conds
 import comfy.latent_formats
@@ -22,15 +24,19 @@ import folder_paths
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from server import PromptServer
 from torch import Tensor, nn
 
-from ..rig_core import align
+from ..rig_core import album, align, conditions
 from ..rig_core.denoisers.relight import DiFaReli, RelightCondition
 from ..rig_core.denoisers.rig import DiffusionRig, RigCondition
+from ..rig_core.estimators.deca import DECA
+from ..rig_core.heads import FaceModel
 
 FOLDER = "face_rig"
 EXTENSIONS = {".safetensors", ".pt", ".pth", ".tar", ".ckpt", ".pkl"}
 DEFAULT = "default (in the pack)"
+NO_ALBUM = "(put a folder of photos into input)"
 
 
 # pictures
@@ -125,15 +131,23 @@ def result(x):
 
 
 def head(face_model):
-    """The head on the working device, moved out of inference mode so that later fits can use it."""
+    """The head of a FACE_MODEL, or a bare one, on the working device, out of inference mode for fits."""
+    bare = face_model.head if isinstance(face_model, FaceModel) else face_model
     with torch.inference_mode(False):
-        return face_model.to(device())
+        return bare.to(device())
 
 
 @contextlib.contextmanager
 def gradients():
     """Out of the host's inference mode: for building networks and for fits. Clone what comes in."""
     with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextlib.contextmanager
+def own_random_numbers():
+    """Whatever is drawn inside leaves the host's random numbers as they were."""
+    with torch.random.fork_rng([device()] if device().type == "cuda" else []):
         yield
 
 
@@ -151,6 +165,16 @@ class Progress:
         self.done += 1
         shown = None if preview is None else ("JPEG", _pil(preview), 512)
         self.bar.update_absolute(self.done, self.total, shown)
+
+    def show(self, done: int, preview: Tensor | None = None) -> bool:
+        """`done` steps of all. False, where `step` would raise, when the user pressed stop."""
+        shown = None if preview is None else ("JPEG", _pil(preview), 512)
+        try:
+            self.bar.update_absolute(done, self.total, shown)
+            mm.throw_exception_if_processing_interrupted()
+        except mm.InterruptProcessingException:
+            return False
+        return True
 
     def callback(self, state: dict) -> None:
         """What rig_core.samplers calls after every step; `last` is the state that it reached."""
@@ -200,13 +224,91 @@ def model_path(name: str, instead: str = f"choose '{DEFAULT}'") -> str | None:
     return path
 
 
-def model_fingerprint(name: str) -> str:
-    """Changes when the file behind a dropdown's entry does."""
+def model_fingerprint(name: str, beside=lambda folder: ()) -> str:
+    """Changes when the file behind a dropdown's entry does, or one of beside(its folder)."""
     path = None if name == DEFAULT else folder_paths.get_full_path(FOLDER, name)
     if path is None:
         return name
-    stat = os.stat(path)
-    return f"{path}:{stat.st_mtime_ns}:{stat.st_size}"
+    stats = [os.stat(p) for p in (path, *beside(os.path.dirname(path)))]
+    return path + "".join(f":{s.st_mtime_ns}:{s.st_size}" for s in stats)
+
+
+def model_folders() -> list[str]:
+    """models/face_rig, and what extra_model_paths.yaml adds to it, as far as they exist."""
+    return [d for d in folder_paths.get_folder_paths(FOLDER) if os.path.isdir(d)]
+
+
+def models_fingerprint() -> str:
+    """Changes when any file in these folders does."""
+    found = [os.path.join(d, f) for top in model_folders() for d, _, files in os.walk(top) for f in files]
+    known = [(f, os.stat(f)) for f in sorted(found) if os.path.exists(f)]
+    return repr([(f, s.st_mtime_ns, s.st_size) for f, s in known])
+
+
+# albums and new models
+
+
+def album_names() -> list[str]:
+    """The folders below input/ that hold pictures, as a dropdown offers them."""
+    root = folder_paths.get_input_directory()
+    found = []
+    for folder, inside, files in os.walk(root):
+        inside[:] = sorted(d for d in inside if not d.startswith("."))
+        name = os.path.relpath(folder, root).replace(os.sep, "/")
+        if name != "." and any(os.path.splitext(f)[1].lower() in album.PHOTOS for f in files):
+            found.append(name)
+        if name.count("/") >= 2:
+            inside.clear()
+    return sorted(found) or [NO_ALBUM]
+
+
+def album_path(name: str) -> Path:
+    """The folder of a dropdown's entry. Raises ValueError for one that is not below input/."""
+    root = Path(folder_paths.get_input_directory()).resolve()
+    path = (root / name).resolve()
+    if root not in path.parents or not path.is_dir():
+        raise ValueError(
+            f"'album': there is no folder '{name}' below {root}: put the photos of one person into a folder "
+            "there and press R"
+        )
+    return path
+
+
+def album_fingerprint(name: str) -> str:
+    """Changes when a photo of the album does, or is added or taken away."""
+    known = [(p.name, p.stat()) for p in album.paths(album_path(name))]
+    return repr([(f, s.st_mtime_ns, s.st_size) for f, s in known])
+
+
+def new_model_path(name: str) -> Path:
+    """Where a new model of that name goes: models/face_rig. Raises ValueError for an odd name."""
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"'name' is '{name}': letters, digits, - and _ only, it becomes a file's name")
+    folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}.safetensors"
+
+
+def run_path(name: str) -> Path:
+    """Where the training of a model keeps its state: output/face_rig/NAME."""
+    return Path(folder_paths.get_output_directory()) / FOLDER / name
+
+
+def end_prompt() -> None:
+    """End the prompt as the host's stop button does, after what had to be saved."""
+    raise mm.InterruptProcessingException
+
+
+def make_room() -> None:
+    """Have the host move its models off the working device: a training may need all of it."""
+    mm.free_memory(1e30, device())
+
+
+def say(text: str, node_id) -> None:
+    """A line below a running node, where there is somebody to read it."""
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None:
+        server.send_progress_text(text, node_id)
 
 
 # the networks
@@ -313,6 +415,15 @@ def _patcher(net: nn.Module):
     )
 
 
+def picture_size(net: nn.Module, meta: dict) -> int:
+    """Side of the aligned pictures for a denoiser: its own, or 256 px for a smaller DiFaReli of FLAME.
+
+    As published, these see pictures of 256 px made smaller, see `pipeline.shrink`.
+    """
+    published = isinstance(net, DiFaReli) and meta.get("head") == "flame"
+    return max(net.config.image_size, conditions.PUBLISHED if published else 0)
+
+
 def denoiser(model, kind: type | None = None) -> nn.Module:
     """The network inside a MODEL, not moved. Raises ValueError for another kind of MODEL."""
     inner = getattr(model, "model", None)
@@ -336,6 +447,17 @@ def batches(model, n: int, height: int, width: int) -> list[slice]:
     """Slices over a batch of pictures that fit into half of the free memory, 16 at the most."""
     one = model.model.memory_required([1, 3, height, width])
     return _slices(n, int(min(16, max(1, mm.get_free_memory(device()) / 2 // max(one, 1)))))
+
+
+def face_model(given: FaceModel) -> FaceModel:
+    """FACE_MODEL: its encoder, where there is one, as `estimator`."""
+    return given if given.encoder is None else given._replace(encoder=estimator(given.encoder))
+
+
+def deca(face_model) -> nn.Module | None:
+    """DECA's encoder of a FACE_MODEL on the working device, None where it has none."""
+    patcher = getattr(face_model, "encoder", None)
+    return patcher and loaded_estimator(patcher, (DECA,), "face_model", "Load Face Model")
 
 
 def estimator(net: nn.Module):

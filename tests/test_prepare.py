@@ -52,13 +52,3 @@ def test_photos_become_a_dataset(photos, tmp_path, monkeypatch, capsys):
 def test_an_empty_folder_is_refused(tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         run(monkeypatch, "--photos", tmp_path, "--out", tmp_path / "set")
-
-
-def test_blur_is_measured():
-    import torch
-
-    from rig_core.warp import blur
-
-    sharp = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
-    assert prepare.sharpness(sharp) > 100 * prepare.sharpness(blur(sharp, 4.0))
-    assert prepare.sharpness(blur(sharp, 12.0)) < prepare.BLURRED

@@ -10,22 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from rig_core import align, checkpoints, data, sh
+from rig_core import album, align, checkpoints, data, sh
 from rig_core.estimators import landmark_fit, landmarks
 from training import augment
 
-PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
-SMALLEST = 0.35  # of the dataset's size: a face crop of fewer photo pixels is too soft
-BLURRED = 4e-5  # variance of the Laplacian at 128 px below which a portrait counts as blurred
 LIT_FROM_THE_SIDE = 0.45  # |x| over constant of the light from which a portrait is drawn more often
 
 
@@ -42,44 +38,21 @@ class Aligned:
     points: Tensor
 
 
-def read_photo(path: Path) -> Tensor:
-    """[1,3,H,W] 0..1, turned as its EXIF says. Raises Rejected when it cannot be read."""
-    from PIL import ImageOps
-
-    try:
-        with Image.open(path) as picture:
-            picture = ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, Image.DecompressionBombError) as e:
-        raise Rejected(f"cannot be read: {e}") from e
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
-
-
 def align_photo(path: Path, size: int, points: Tensor | None) -> Aligned:
     """Cut the face out. points [68,2] photo pixels when known. Raises Rejected."""
-    photo = read_photo(path)
-    if points is None:
-        try:
+    try:
+        photo = data.read_photo(path, most=math.inf)  # in full: landmarks at hand are in its pixels
+        if points is None:
             boxes, _ = landmarks.find_faces(photo)
             points = landmarks.find_landmarks(photo, boxes[:1])[0]
-        except landmarks.NoFaceError as e:
-            raise Rejected(str(e)) from e
+    except ValueError as e:
+        raise Rejected(str(e)) from e
     crop = align.ffhq_crop(points[None], size)
-    side = 1 / float(torch.linalg.det(crop.matrix[0, :2, :2])) ** 0.5 * size
-    if side < SMALLEST * size:
-        raise Rejected(
-            f"the face is too small: its crop is {side:.0f} px of the photo, want {SMALLEST * size:.0f}"
-        )
     image = crop.apply(photo)
-    if sharpness(image) < BLURRED:
-        raise Rejected("blurred")
+    fault = album.too_small(album.portrait_side(crop), size) or album.blurred(image)
+    if fault:
+        raise Rejected(fault)
     return Aligned(path.stem, image[0].clamp(0, 1), crop.apply_points(points[None])[0])
-
-
-def sharpness(image: Tensor) -> float:
-    """Variance of the Laplacian of the grey portrait [1,3,s,s] at 128 px."""
-    grey = torch.nn.functional.interpolate(image, (128, 128), mode="area").mean(1, keepdim=True)
-    kernel = image.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
-    return float(torch.nn.functional.conv2d(grey, kernel).var())
 
 
 def stored_landmarks(path: Path | None) -> dict[str, Tensor]:
@@ -162,16 +135,17 @@ def main() -> None:
     parser.add_argument("--variants", type=int, default=0, help="relit copies of each training portrait")
     parser.add_argument("--side-weight", type=float, default=2.0, help="how often side-lit photos are drawn")
     parser.add_argument(
-        "--worst", type=float, default=6.0, help="mean landmark error at 256 px that is still taken"
+        "--worst", type=float, default=album.WORST, help="mean landmark error at 256 px that is still taken"
     )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     head = checkpoints.load_head()
-    paths = sorted(p for p in args.photos.iterdir() if p.suffix.lower() in PHOTOS)
-    if not paths:
-        parser.error(f"{args.photos} holds no photos ({', '.join(sorted(PHOTOS))})")
+    try:
+        paths = sorted(album.paths(args.photos))
+    except ValueError as e:
+        parser.error(str(e))
     split = {p.stem: "train" for p in paths}
     if args.validation:
         split |= {p.stem: "val" for p in paths[:: args.validation]}

@@ -177,7 +177,7 @@ class DiffusionRig(nn.Module):
         return self.encoder(packed(image.to(self.dtype)))
 
     def condition(
-        self, physical: Tensor, image: Tensor | None = None, *, code: Tensor | None = None
+        self, physical: Tensor, image: Tensor | None = None, code: Tensor | None = None
     ) -> RigCondition:
         """What `forward` needs of a photo, once for all its steps.
 
