@@ -1,30 +1,31 @@
 """The one training loop: denoisers of every stage, on one device or under torchrun.
 
-Everything random in step n is seeded by (seed, n, rank): noise, timesteps, dropout, flips, and the batch
-itself. So the weights, the optimiser, the EMA and n are the whole state, and a resumed run goes on bit
-for bit. The loop writes below `out`: options.json, log.jsonl, state.safetensors.
+Everything random in step n is a function of (seed, n): the batch itself, noise, timesteps, flips, dropout.
+So the weights, the optimiser, the EMA and n are the whole state, and a resumed run goes on bit for bit.
+Each picture's numbers depend on its place in the whole batch, not on the process that has it, so several
+processes train what one with their joint batch would (see distributed), dropout's masks aside.
+The loop writes below `out`: options.json, log.jsonl, state.safetensors.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import math
-import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import buffers, files
+from . import buffers, distributed, files
 from .diffusion import linear_schedule, training_loss
+from .distributed import ranks
+from .train_log import Log
 
 STATE = "state.safetensors"
 
@@ -33,11 +34,11 @@ STATE = "state.safetensors"
 class Config:
     """What a run is. Steps count batches of one process; time limits are per start of the program.
 
-    ema: decay, reached gradually as (1 + n) / (10 + n). p2_gamma 0 and boost 1 are the plain
-    loss (see diffusion.training_loss). precision: "bf16"
-    or "fp16" autocast, or "fp32". trainable: only parameters whose names begin so (stage 2:
-    "denoisingUNet."). minutes 0: no time limit. noise_std: of the noise mixed in and predicted; 0.5 trains
-    the coarse half of a network of twice the size (see training/grow.py).
+    ema: decay, reached gradually as (1 + n) / (10 + n). p2_gamma 0 and boost 1 are the plain loss (see
+    diffusion.training_loss). precision: "bf16" or "fp16" autocast, or "fp32". trainable: a pattern that the
+    names of the parameters to train begin with (stage 2: "denoisingUNet"). minutes 0: no time limit.
+    noise_std: of the noise mixed in and predicted; 0.5 trains the coarse half of a network of twice the
+    size (see training/grow.py).
     """
 
     steps: int = 100_000
@@ -93,51 +94,63 @@ def train(
     options: dict | None = None,
     on_sample: Callable[[nn.Module, int], None] | None = None,
     on_save: Callable[[nn.Module, int], None] | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> State:
     """Train until config.steps, the time limit, `stop()`, SIGTERM or SIGINT; each ends with a checkpoint.
 
     batch(step) -> anything; prepare(batch) -> (x_0 [B,3,H,W] in [-1, 1], arguments of model.condition),
     called without gradients on this process's device. on_sample and on_save get the EMA model, in
-    evaluation mode, on the first process only. options: more to record in options.json.
-    Raises FileExistsError for a folder with a run in it unless resume, RuntimeError when the loss is not
-    finite any more.
+    evaluation mode, on the first process only, also when nothing is left to do; on_step gets the step's
+    number and its loss [B], on the device. options: more to record in options.json.
+    Raises FileExistsError for a folder with a run in it unless resume, files.CheckpointError before the first
+    step when the folder cannot be written to and later when there is no room left, Diverged (a RuntimeError)
+    when the loss is not finite any more. The last checkpoint survives all of them.
     """
     out, (rank, world) = Path(out), ranks()
     device = torch.device(device)
+    check_folder(out, resume)
     state = begin(config, model, device)
     if (out / STATE).exists():
-        if not resume:
-            raise FileExistsError(f"{out} holds a run: give --resume to continue it, or another folder")
         load_state(state, out / STATE)
+    if len(set(distributed.gather(state.step))) > 1:
+        raise ValueError(f"{out} is not the same for all processes: it must be on a disk that they share")
     log = Log(out, state.step, config, options) if rank == 0 else None
-    loss = Loss(state.model, config)
-    if world > 1:
-        loss = nn.parallel.DistributedDataParallel(loss, [device] if device.type == "cuda" else None)
+    loss = distributed.parallel(Loss(state.model, config), device)
+    vote = distributed.Vote()
+    if log and state.step >= config.steps:
+        for show in filter(None, (on_save, on_sample)):
+            show(state.ema, state.step)
     started = saved = time.monotonic()
-    with _signals() as caught:
+    with _signals() as caught, closing(log) if log else nullcontext():
         while state.step < config.steps:
-            x_0, inputs = _seeded_inputs(config, state.step, rank, batch, prepare, device)
-            t, noise = draw(x_0, config.noise_std)
+            x_0, inputs, t, noise = _seeded(config, state.step, rank, batch, prepare, device)
             values, norm = update(state, config, loss, x_0, t, noise, inputs)
             now = time.monotonic()
-            late = config.minutes and now - started > 60 * config.minutes
-            ending = _any(bool(caught) or late or stop(), world) or state.step == config.steps
+            late = bool(config.minutes) and now - started > 60 * config.minutes
+            ending = vote(bool(caught) or late or stop()) or state.step == config.steps
             if log:
                 saving = ending or now - saved > 60 * config.save_minutes
-                log.add(state, values, t, norm, world, flush=saving)
+                lr = state.optimizer.param_groups[0]["lr"]
+                log.add(state.step, lr, values, t, norm, len(t) * world, flush=saving)
                 if saving:
-                    save_state(state, out / STATE)
-                    if on_save:
+                    if on_save:  # first, so that a finished state never lacks its model
                         on_save(state.ema, state.step)
-                    saved = now
+                    save_state(state, out / STATE)
+                    saved = time.monotonic()
+                if on_step:
+                    on_step(state.step, values)
                 if on_sample and (ending or state.step % config.sample_every == 0):
                     on_sample(state.ema, state.step)
             if ending:
                 break
-    if log:
-        log.close()
     return state
+
+
+def check_folder(out: str | Path, resume: bool) -> None:
+    """Raise FileExistsError for a folder with a run in it that is not to be resumed."""
+    if (Path(out) / STATE).exists() and not resume:
+        raise FileExistsError(f"{out} holds a run: give --resume to continue it, or another folder")
 
 
 def begin(config: Config, model: nn.Module, device: torch.device) -> State:
@@ -145,30 +158,42 @@ def begin(config: Config, model: nn.Module, device: torch.device) -> State:
     if config.precision not in ("bf16", "fp16", "fp32"):
         raise ValueError(f"precision '{config.precision}' is not one of bf16, fp16, fp32")
     model = model.to(device, memory_format=torch.channels_last).train()
-    chosen = [name.startswith(config.trainable) for name, _ in model.named_parameters()]
+    chosen = [bool(re.match(config.trainable, name)) for name, _ in model.named_parameters()]
     if not any(chosen):
         raise ValueError(f"no parameter's name begins with '{config.trainable}'")
     for keep, parameter in zip(chosen, model.parameters()):
         parameter.requires_grad_(keep)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.lr)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=config.lr, fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     return State(model, ema, optimizer, scaler)
 
 
 def draw(x_0: Tensor, std: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Levels t [B], uniform over the 1000 and stratified over the batch, and noise like x_0."""
-    n = len(x_0)
-    t = (torch.randperm(n) + torch.rand(n)) * (1000 / n)
-    return t.long().clamp_(max=999).to(x_0.device), torch.randn_like(x_0) * std
+    """Levels t [B], uniform over the 1000 and stratified over the whole batch, and noise like x_0."""
+
+    def levels(n: int) -> Tensor:
+        return (torch.randperm(n) + torch.rand(n)) * (1000 / n)
+
+    t = distributed.part(levels, len(x_0)).long().clamp_(max=999)
+    seeds = distributed.part(lambda n: torch.randint(2**62, (n,)), len(x_0)).tolist()
+    g = torch.Generator(x_0.device)
+    noise = [torch.randn(x.shape, generator=g.manual_seed(s), device=x.device) for x, s in zip(x_0, seeds)]
+    return t.to(x_0.device), torch.stack(noise) * std
 
 
-def _seeded_inputs(config: Config, step: int, rank: int, batch, prepare, device) -> tuple[Tensor, tuple]:
+def _seeded(config: Config, step: int, rank: int, batch, prepare, device):
+    """x_0, the arguments of model.condition, t and noise of a step; dropout is seeded too."""
     content = batch(step)
-    torch.manual_seed(((config.seed * 1_000_003 + step) * 1009 + rank) % 2**63)
+    number = (config.seed * 1_000_003 + step) * 1009
+    torch.manual_seed(number % 2**63)  # the same on all processes: they take their parts of common draws
     with torch.no_grad():
         x_0, inputs = prepare(content)
-    return x_0.to(device), inputs
+    x_0 = x_0.to(device)
+    t, noise = draw(x_0, config.noise_std)
+    torch.manual_seed((number + 1 + rank) % 2**63)
+    return x_0, inputs, t, noise
 
 
 def update(
@@ -177,7 +202,7 @@ def update(
     """One optimiser step: -> loss [B] before it and the gradient's norm before clipping, both detached."""
     for group in state.optimizer.param_groups:
         group["lr"] = config.lr * min(1.0, (state.step + 1) / max(config.warmup, 1))
-    with _autocast(config.precision, x_0.device):
+    with autocast(config, x_0.device):
         values = loss(x_0, t, noise, inputs)
     state.scaler.scale(values.mean()).backward()
     state.scaler.unscale_(state.optimizer)
@@ -194,7 +219,7 @@ def update(
 @torch.no_grad()
 def average(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """ema = decay * ema + (1 - decay) * model for weights and running statistics; counters are copied."""
-    old, new = list(ema.state_dict().values()), list(model.state_dict().values())
+    old, new = ([*m.parameters(), *m.buffers()] for m in (ema, model))
     floats = [i for i, v in enumerate(old) if v.is_floating_point()]
     torch._foreach_lerp_([old[i] for i in floats], [new[i] for i in floats], 1 - decay)
     for a, b in zip(old, new):
@@ -202,10 +227,21 @@ def average(ema: nn.Module, model: nn.Module, decay: float) -> None:
             a.copy_(b)
 
 
-def _autocast(precision: str, device: torch.device):
-    if precision == "fp32":
+def fast_precision(device: torch.device | str) -> str:
+    """The fastest precision that trains well on a device: "bf16" where it is native, "fp16" on older GPUs."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if kind == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"):
+        return "bf16"
+    return "fp32"
+
+
+def autocast(config: Config, device: torch.device):
+    """The context in which a run's losses are computed."""
+    if config.precision == "fp32":
         return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+    return torch.autocast(device.type, torch.bfloat16 if config.precision == "bf16" else torch.float16)
 
 
 # ------------------------------------------------------------------------------------ what a batch becomes
@@ -223,7 +259,7 @@ def rig_inputs(head, size: int, device: torch.device | str, flip: bool = True) -
         photo = portraits.reference.to(device).float().div_(127.5).sub_(1)
         physical = buffers.render(head, portraits.code.to(device), size).stack()
         if flip:
-            mirrored = (torch.rand(len(x_0)) < 0.5).to(x_0.device)
+            mirrored = (distributed.part(torch.rand, len(x_0)) < 0.5).to(x_0.device)
             x_0, physical = mirror(x_0, physical, mirrored)
             photo = torch.where(mirrored[:, None, None, None], photo.flip(-1), photo)
         return x_0, (physical, photo)
@@ -271,6 +307,7 @@ def load_state(state: State, path: Path) -> None:
     for name, parameter in state.model.named_parameters():
         if parameter.requires_grad and f"adam.step.{name}" in tensors:
             moments = {k: tensors[f"adam.{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+            moments["step"] = moments["step"].to(parameter.device)
             for k in ("exp_avg", "exp_avg_sq"):
                 moments[k] = torch.empty_like(parameter).copy_(moments[k])  # keeps the memory format
             state.optimizer.state[parameter] = moments
@@ -291,24 +328,6 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------- surroundings
 
 
-def ranks() -> tuple[int, int]:
-    """(rank, world). Under torchrun the process group is set up at the first call."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return 0, 1
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return dist.get_rank(), dist.get_world_size()
-
-
-def _any(flag: bool, world: int) -> bool:
-    """Whether any process says so: all must leave the loop at the same step."""
-    if world == 1:
-        return flag
-    vote = torch.tensor(float(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(vote)
-    return bool(vote)
-
-
 @contextmanager
 def _signals():
     """A list that becomes non-empty on SIGTERM or SIGINT; only a main thread can listen."""
@@ -323,88 +342,3 @@ def _signals():
     finally:
         for k, handler in zip(kinds, before):
             signal.signal(k, handler)
-
-
-class Log:
-    """Statistics of a run as JSON lines, in TensorBoard where it is installed, and as a tqdm bar."""
-
-    def __init__(self, out: Path, step: int, config: Config, options: dict | None):
-        out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"start": step, **asdict(config), **(options or {})}, indent=1)
-        (out / ("options.json" if not step else f"options_{step}.json")).write_text(text + "\n")
-        self.path, self.every = out / "log.jsonl", config.log_every
-        _truncate(self.path, step)
-        self.tensorboard = _tensorboard(out)
-        self.bar = _bar(step, config.steps)
-        self._clear()
-
-    def _clear(self) -> None:
-        self.since, self.images = time.monotonic(), 0
-        self.losses: list[Tensor] = []
-        self.levels: list[Tensor] = []
-        self.norms: list[Tensor] = []
-
-    def add(self, state: State, losses: Tensor, t: Tensor, norm: Tensor, world: int, flush: bool) -> None:
-        """Keep one step's tensors on the device; every few steps they are read and written."""
-        self.losses.append(losses)
-        self.levels.append(t)
-        self.norms.append(norm)
-        self.images += len(losses) * world
-        if self.bar is not None:
-            self.bar.update()
-        if not flush and state.step % self.every:
-            return
-        losses, quarter = torch.cat(self.losses).float().cpu(), torch.cat(self.levels).cpu() // 250
-        line = {
-            "step": state.step,
-            "loss": losses.mean().item(),
-            "loss_by_quarter": [_mean(losses[quarter == q]) for q in range(4)],
-            "grad_norm": torch.stack(self.norms).mean().item(),
-            "lr": state.optimizer.param_groups[0]["lr"],
-            "images_per_s": self.images / (time.monotonic() - self.since),
-            "time": time.time(),
-        }
-        with open(self.path, "a") as f:
-            f.write(json.dumps(line) + "\n")
-        if self.tensorboard is not None:
-            for key in ("loss", "grad_norm", "lr", "images_per_s"):
-                self.tensorboard.add_scalar(key, line[key], state.step)
-        if self.bar is not None:
-            self.bar.set_postfix(loss=f"{line['loss']:.4f}", images_per_s=f"{line['images_per_s']:.1f}")
-        if not math.isfinite(line["loss"]):
-            raise RuntimeError(
-                f"the loss is {line['loss']} at step {state.step}: lower lr, or use bf16 or fp32"
-            )
-        self._clear()
-
-    def close(self) -> None:
-        for sink in (self.tensorboard, self.bar):
-            if sink is not None:
-                sink.close()
-
-
-def _mean(values: Tensor) -> float | None:
-    return values.mean().item() if len(values) else None
-
-
-def _truncate(path: Path, step: int) -> None:
-    """Drop the lines after `step`: a run that was killed logged more than it saved."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in lines))
-
-
-def _tensorboard(out: Path):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(out))
-
-
-def _bar(step: int, steps: int):
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm(initial=step, total=steps, unit="step", mininterval=5, smoothing=0.05)

@@ -34,6 +34,7 @@ class Host:
     loaded: list = field(default_factory=list)
     previews: list = field(default_factory=list)
     texts: list = field(default_factory=list)
+    said: list = field(default_factory=list)
 
 
 # comfy_api.latest
@@ -110,6 +111,8 @@ def _api(host: Host):
         Float=_socket("FLOAT", (*_NUMBER, "round")),
         Int=_socket("INT", _NUMBER),
         Boolean=_socket("BOOLEAN", (*_WIDGET, "label_on", "label_off")),
+        String=_socket("STRING", (*_WIDGET, "multiline", "placeholder", "dynamic_prompts")),
+        Hidden=types.SimpleNamespace(unique_id="UNIQUE_ID"),
         Combo=_socket("COMBO", (*_WIDGET, "options", "control_after_generate")),
     )
 
@@ -144,6 +147,8 @@ def _model_management(host: Host):
 
     cpu = torch.device("cpu")
     return {
+        "InterruptProcessingException": Interrupted,
+        "free_memory": lambda need, device: [],
         "get_torch_device": lambda: cpu,
         "intermediate_device": lambda: cpu,
         "unet_offload_device": lambda: cpu,
@@ -209,6 +214,14 @@ class CONDList(CONDRegular):
     pass
 
 
+def _prompt_server(host: Host):
+    def send_progress_text(text, node_id):
+        host.said.append((text, node_id))
+
+    instance = types.SimpleNamespace(send_progress_text=send_progress_text)
+    return types.SimpleNamespace(instance=instance)
+
+
 def _folder_paths(host: Host):
     names: dict = {}
 
@@ -225,6 +238,9 @@ def _folder_paths(host: Host):
         return found[0] if found else None
 
     return {
+        "get_input_directory": lambda: str(host.folder / "input"),
+        "get_output_directory": lambda: str(host.folder / "output"),
+        "get_folder_paths": lambda name: list(names[name][0]),
         "models_dir": str(host.folder / "models"),
         "folder_names_and_paths": names,
         "add_model_folder_path": add_model_folder_path,
@@ -237,6 +253,7 @@ def install(monkeypatch, folder: Path) -> Host:
     """Put the double into sys.modules for one test."""
     host = Host(folder)
     (folder / "models" / "face_rig").mkdir(parents=True)
+    (folder / "input").mkdir()
     modules = {
         "comfy_api": {},
         "comfy_api.latest": _api(host),
@@ -253,6 +270,7 @@ def install(monkeypatch, folder: Path) -> Host:
         "comfy.supported_models_base": {"BASE": BASE},
         "comfy.utils": _utils(host),
         "folder_paths": _folder_paths(host),
+        "server": {"PromptServer": _prompt_server(host)},
     }
     for name, members in modules.items():
         module = types.ModuleType(name)

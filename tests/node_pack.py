@@ -61,7 +61,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def head(pack):
-    return pack.run("LoadFaceModel")[0]
+    return pack.run("LoadFaceModel")[0].head
 
 
 @pytest.fixture(scope="module")

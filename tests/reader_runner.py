@@ -56,7 +56,7 @@ def outcomes(paths: list[Path], seconds: float = 300) -> dict[Path, Outcome]:
 
 
 def peak(restart: bool = False) -> int | None:
-    """The peak of this process's resident memory in bytes, since the last restart; None where it is unknown."""
+    """The peak of resident memory in bytes since the last restart; None where it is not known."""
     try:
         if restart:
             Path("/proc/self/clear_refs").write_text("5")

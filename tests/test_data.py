@@ -1,7 +1,5 @@
 """The dataset folder, its sampler and its loader."""
 
-import json
-import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -10,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors import safe_open
 
 from rig_core import data
 from rig_core.face import FaceCode
@@ -143,28 +141,14 @@ def test_grey_and_transparent_pictures_become_rgb(folder):
     assert d.images([1], 16)[0, :, 0, 0].tolist() == [10, 20, 30]
 
 
-def test_seventy_thousand_entries_open_without_reading_their_codes(tmp_path):
-    n, wide = 70_000, 400
-    blank = codes(1)
-    rows = {k: torch.zeros(n, *getattr(blank, k).shape[1:]) for k in data.FIELDS}
-    rows["shape"] = torch.arange(n, dtype=torch.float32)[:, None].repeat(1, wide)
-    entries = [
-        {"name": f"{i:05d}", "image": f"{i:05d}.jpg", "shard": "codes-00000.safetensors", "row": i}
-        for i in range(n)
-    ]
-    save_file(
-        rows, tmp_path / "codes-00000.safetensors", {"head": "open", "size": "[16, 16]", "entries": "[]"}
-    )
-    index = {"version": 1, "size": [16, 16], "head": "open", "entries": entries}
-    (tmp_path / "index.json").write_text(json.dumps(index))
-    del rows, entries, index
-    tracemalloc.start()
-    d = data.Dataset.open(tmp_path)
-    found = d.codes([69_999, 12])
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert found.shape[:, 0].tolist() == [69_999, 12]
-    assert peak < 120e6  # the index; 112 MB of shape alone would come on top if shards were read
+def test_a_writer_of_many_shards_reads_each_once(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(data, "safe_open", lambda *a: opened.append(a[0].name) or safe_open(*a))
+    for i in range(5):
+        data.append(tmp_path, names(2, 2 * i), pictures(2), codes(2))
+    data.finish(tmp_path)
+    assert opened == [f"codes-{i:05d}.safetensors" for i in range(5)]
+    assert len(data.Dataset.open(tmp_path)) == 10
 
 
 # ------------------------------------------------------------------------------------------------ drawing
@@ -235,20 +219,32 @@ def test_mixture_keeps_shares_weights_and_frames(folder, tmp_path):
         source, row, old = (sets[0], i, 16) if i < 8 else (sets[1], i - 8, 32)
         wanted = source.codes([row])
         assert torch.equal(b.code.shape[k], wanted.shape[0])
-        # the corner of the picture stays at -0.5 in both pixel grids
-        corner = torch.tensor([-0.5, 8 - 0.5, 1.0]) @ b.code.crop[k].T
-        torch.testing.assert_close(corner, torch.tensor([-0.5, old - 0.5, 1.0]) @ wanted.crop[0].T)
+        # image space, where the head is drawn, stays put: its corner is at 0 in both pixel grids
+        corner = torch.tensor([0.0, 8.0, 1.0]) @ b.code.crop[k].T
+        torch.testing.assert_close(corner, torch.tensor([0.0, old, 1.0]) @ wanted.crop[0].T)
 
 
-def test_processes_share_the_draws_without_overlap(folder):
-    d = data.Dataset.open(folder)
-    loaders = [data.Loader([d], 16, 2, seed=1, rank=r, world=2) for r in range(2)]
-    weights = d.weights()
-    together = [torch.cat([l(step).index for l in loaders]) for step in range(2)]
-    whole = data.Sampler(weights, 1).take(0, 8)
-    assert sorted(torch.cat(together).tolist()) == sorted(whole.tolist())
-    for l in loaders:
-        l.close()
+def test_processes_share_the_draws_of_one(folder, tmp_path):
+    """Picture by picture, whatever the number of processes; the other picture of a person too."""
+    data.append(tmp_path / "more", names(9), pictures(9, 32), codes(9, 32, seed=9), person=["x"] * 9)
+    data.finish(tmp_path / "more")
+    sets = [data.Dataset.open(folder), data.Dataset.open(tmp_path / "more")]
+    whole, *parts = loaders = [
+        data.Loader(sets, 16, 8 // world, 1, rank=rank, world=world)
+        for world, rank in ((1, 0), (4, 0), (4, 1), (4, 2), (4, 3))
+    ]
+    for step in range(3):
+        wanted, found = whole(step), [part(step) for part in parts]
+        assert wanted.index.tolist() == data.Sampler(whole_weights(sets), 1).take(8 * step, 8).tolist()
+        for k in ("index", "image", "reference"):
+            assert torch.equal(torch.cat([getattr(b, k) for b in found]), getattr(wanted, k))
+        assert torch.equal(torch.cat([b.code.shape for b in found]), wanted.code.shape)
+    for loader in loaders:
+        loader.close()
+
+
+def whole_weights(sets):
+    return np.concatenate([d.weights() / d.weights().sum() for d in sets])
 
 
 def test_datasets_that_cannot_be_mixed_say_so(folder, tmp_path):

@@ -385,3 +385,142 @@ def test_a_photo_is_turned_and_smiles(host, graph):
     of_type(graph, "FaceRig_PasteBack")["inputs"]["motion"] = ["201", 2]
     ok, messages, _ = host.run(graph)
     assert ok, messages[-1]
+
+
+@pytest.fixture(scope="module")
+def album(host) -> Path:
+    """Three portraits of one synthetic person in input/album."""
+    from training import synth
+
+    folder = host.base / "input" / "album"
+    folder.mkdir()
+    for i, x in enumerate(synth.render([7000000, 7000001, 7000005], 160, person=[900100] * 3).image):
+        picture = (x * 255).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(picture).save(folder / f"{i}.png")
+    return folder
+
+
+def training_graph(**inputs) -> dict:
+    graph = load_graph("personal_train")
+    node = of_type(graph, "FaceRig_TrainPersonalModel")
+    node["inputs"] |= {"base": "tiny.safetensors", "steps": 3, "batch": 2} | inputs
+    return graph
+
+
+def files_offered(host) -> list[str]:
+    """What /object_info says that Load DiffusionRig can load."""
+    info = host.nodes.NODE_CLASS_MAPPINGS["FaceRig_LoadDiffusionRig"].GET_NODE_INFO_V1()
+    kind, options = info["input"]["required"]["file"]
+    return options["options"] if kind == "COMBO" else kind
+
+
+def saved(host, graph: dict, outputs: dict) -> dict[str, np.ndarray]:
+    """The pictures that Save Image has written, by file name without the number."""
+    found = {}
+    for key, output in outputs.items():
+        if graph[key]["class_type"] == "SaveImage":
+            name = output["images"][0]["filename"]
+            path = host.base / "output" / output["images"][0]["subfolder"] / name
+            found[name.rsplit("_", 2)[0]] = np.asarray(Image.open(path).convert("RGB"), float)
+    return found
+
+
+def test_a_personal_model_is_trained_offered_and_used(host, album):
+    assert "my_person.safetensors" not in files_offered(host)
+    state, before = torch.get_rng_state(), len(host.sent)
+    graph = training_graph()
+    ok, messages, outputs = host.run(graph)
+    assert ok, messages[-1]
+    assert torch.equal(torch.get_rng_state(), state)
+    pictures = saved(host, graph, outputs)
+    assert pictures["personal_sheet"].shape == (SIZE, 5 * SIZE, 3)
+    assert pictures["personal_album"].shape[1] >= 2 * SIZE and pictures["personal_album"].std() > 20
+    texts = [data for event, data in host.sent[before:] if isinstance(data, bytes)]
+    assert any(b"3 steps, about" in t for t in texts) and any(b"step 3 of 3, loss" in t for t in texts)
+    assert "my_person.safetensors" in files_offered(host)
+
+    def not_cached() -> set[str]:
+        graph = training_graph()
+        ok, messages, _ = host.run(graph)
+        assert ok, messages[-1]
+        cached = next(data["nodes"] for event, data in messages if event == "execution_cached")
+        return {graph[k]["class_type"] for k in graph.keys() - set(cached)}
+
+    assert not not_cached()  # nothing is trained again
+    (album / "0.png").touch()
+    assert not_cached() == {"FaceRig_TrainPersonalModel", "SaveImage"}
+
+    graph = load_graph("personal_identity_transfer")
+    of_type(graph, "FaceRig_LoadDiffusionRig")["inputs"]["file"] = "my_person.safetensors"
+    of_type(graph, "FaceRig_ConditionedSample")["inputs"]["steps"] = 4
+    ok, messages, outputs = host.run(graph)
+    assert ok, messages[-1]
+    photo = np.asarray(Image.open(ROOT / "rig_core" / "assets" / "astronaut.jpg").convert("RGB"), float)
+    change = np.abs(saved(host, graph, outputs)["identity"] - photo).max(2)
+    assert (change == 0).mean() > 0.6 and (change > 20).mean() > 0.03  # the head, and only that
+
+
+def test_stopping_a_training_leaves_the_host_as_it_was_and_it_goes_on_later(host, album, graph):
+    import comfy.model_management
+    import comfy.utils
+
+    steps = []
+
+    def hook(value, total, preview, node_id=None):
+        if total == 500:
+            steps.append(value)
+            if value == 2:
+                comfy.model_management.interrupt_current_processing()
+
+    comfy.utils.set_progress_bar_global_hook(hook)
+    try:
+        ok, messages, _ = host.run(training_graph(name="stopped", steps=500))
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+    assert not ok and messages[-1][0] == "execution_interrupted"
+    assert messages[-1][1]["node_type"] == "FaceRig_TrainPersonalModel" and steps == [1, 2, 3]
+    about = host.core.files.read(host.base / "models" / "face_rig" / "stopped.safetensors")[1]
+    assert about["step"] == 3 and "stopped.safetensors" in files_offered(host)
+
+    graph = without_inversion(graph, "stopped.safetensors")
+    of_type(graph, "FaceRig_ConditionedSample")["inputs"]["steps"] = 4
+    ok, messages, _ = host.run(graph)
+    assert ok, messages[-1]
+
+    ok, messages, _ = host.run(training_graph(name="stopped", steps=5))
+    assert ok, messages[-1]
+    about = host.core.files.read(host.base / "models" / "face_rig" / "stopped.safetensors")[1]
+    assert about["step"] == 5
+    log = (host.base / "output" / "face_rig" / "stopped" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [3, 5]
+
+
+def test_a_name_that_is_no_file_name_is_refused_before_it_is_queued(host, album):
+    graph = training_graph(name="../over/there")
+    valid, error, _, node_errors = host.loop.run_until_complete(
+        host.execution.validate_prompt("test", graph, None)
+    )
+    assert not valid
+    (errors,) = node_errors.values()
+    assert "letters, digits, - and _ only" in errors["errors"][0]["details"]
+
+
+@pytest.mark.parametrize("file", ["tiny.safetensors", "default (in the pack)"])
+@pytest.mark.parametrize("name", ["personal_identity_transfer", "personal_appearance_mixing"])
+def test_workflows_of_personal_models_run_with_general_ones(host, name, file):
+    graph = load_graph(name)
+    of_type(graph, "FaceRig_LoadDiffusionRig")["inputs"]["file"] = file
+    for node in graph.values():
+        if node["class_type"] == "FaceRig_ConditionedSample":
+            node["inputs"]["steps"] = 4
+    ok, messages, outputs = host.run(graph)
+    assert ok, messages[-1]
+    (result,) = saved(host, graph, outputs).values()
+    if name == "personal_appearance_mixing":
+        size = 128 if "default" in file else SIZE
+        assert result.shape == (size, 2 * size, 3)
+        change = np.abs(result[:, :size] - result[:, size:])
+        assert "default" not in file or change.mean() > 5  # of 255: the other code shows
+    else:
+        photo = Image.open(ROOT / "rig_core" / "assets" / "astronaut.jpg").convert("RGB")
+        assert (result == np.asarray(photo)).all(2).mean() > 0.6

@@ -322,4 +322,5 @@ def test_a_published_pair_is_found_by_its_name(pack, relit):
     (folder / "ImgEncoder_ema.pt").rename(folder / "elsewhere.pt")
     model, size = pack.run("LoadDiFaReli", file="ImgCond_ema.pt", modulator="elsewhere.pt")
     again = model.model.diffusion_model.net.state_dict()
-    assert size == SIZE and all(torch.equal(v, again[k]) for k, v in net.state_dict().items())
+    assert size == 256  # of pictures; published models below see them made smaller
+    assert all(torch.equal(v, again[k]) for k, v in net.state_dict().items())

@@ -3,10 +3,6 @@
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +12,6 @@ from rig_core.denoisers.blocks import strided_conv
 from rig_core.denoisers.rig import DiffusionRig, RigConfig
 from tests.golden_files import golden, small_rig
 
-ROOT = Path(__file__).parent.parent
 TINY = RigConfig(16, 32, (1, 1), 1, (8,), latent_dim=8, encoder_width=4, dropout=0.2)
 CPU = torch.device("cpu")
 
@@ -324,23 +319,3 @@ def test_command_line_trains_resumes_and_steps_up(folder, tmp_path):
     assert stepped["image_size"] == 32 and stepped["channel_mult"] == model.config.channel_mult
     after = train.weights(large / train.STATE)
     assert all(torch.equal(after[k], ema[k]) for k in ema if k.startswith("denoisingUNet."))
-
-
-@pytest.mark.slow
-def test_two_processes_train_one_model(folder, tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "training.stage1", "--data", folder, "--out", out, "--size", 16]
-    command += ["--steps", 2, "--batch", 2, "--threads", 1, "--log-every", 1, "--lr", 1e-3, "--warmup", 1]
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen([*map(str, command)], cwd=ROOT, env={**common, "RANK": str(r), "LOCAL_RANK": str(r)},
-                         stderr=subprocess.PIPE, text=True)
-        for r in range(2)
-    ]  # fmt: skip
-    errors = [p.communicate(timeout=240)[1] for p in processes]
-    assert [p.returncode for p in processes] == [0, 0], errors
-    assert [x["step"] for x in log(out)] == [1, 2]
-    assert checkpoints.load_rig(out / "model.safetensors")[1]["step"] == 2

@@ -17,6 +17,7 @@ from scipy import sparse
 from rig_core import files, torch_file
 from rig_core.arrays import Budget, Sparse
 from rig_core.files import CheckpointError
+from rig_core.opcodes import opcodes
 from rig_core.unpickle import Record, Refused, weights
 from rig_core.unpickle import load as load_raw
 from tests.hostile import archive, storage_pickle
@@ -322,6 +323,21 @@ def test_arrays_have_the_bytes_that_they_claim():
         with pytest.raises(ValueError, match=f"array of shape .{n},. has (fewer|more) bytes"):
             load(tree(ARRAY + number(n) + b"\x85" + U1 + b"\x89U\x02abtb"))
     assert load(tree(ARRAY + number(2) + b"\x85" + U1 + b"\x89U\x02abtb")).tolist() == [97, 98]
+
+
+def test_pickles_end_where_they_are_told_to():
+    """In an archive something else follows."""
+    for data, end in (
+        (b"\x80\x02N.", 3),
+        (b"\x80\x02K\x01.", 3),
+        (b"\x80\x02U\x05abcde.", 7),
+        (b"I1234\n.", 4),
+    ):
+        assert list(opcodes(io.BytesIO(data), len(data)))[-1] == ("stop", None)
+        with pytest.raises(ValueError, match="end|claimed"):
+            list(opcodes(io.BytesIO(data), end))
+    with pytest.raises(ValueError, match="a string of 2147483648 bytes is claimed"):
+        list(opcodes(io.BytesIO(b"\x80\x02X\x00\x00\x00\x80abc."), 11))
 
 
 def test_names_are_text_once_they_are_data():

@@ -220,6 +220,15 @@ def bench_relighting(rows: list[Row], head, photo: Tensor, repeats: int, quick: 
     )
 
 
+def bench_training(head, photo: Tensor, repeats: int, device: str) -> str:
+    """Training beside a plain loop, as Markdown."""
+    from training import bench_training as training
+
+    speeds = training.bench_steps(head, (64, 128), repeats, device)
+    tables = (training.speed_table(speeds), training.memory_table(), training.disk_table(head, photo))
+    return "\n\n".join(tables)
+
+
 def describe() -> str:
     """The machine in a line."""
     name = platform.processor() or platform.machine()
@@ -287,7 +296,8 @@ def main() -> None:
             )
         del official
         relit = bench_relighting(rows, head, photo, repeats, args.quick)
-    text = f"{title}\n\n{table(rows)}\n\n{relit}\n"
+        trained = bench_training(head, photo[0], repeats, args.device)
+    text = f"{title}\n\n{table(rows)}\n\n{relit}\n\n{trained}\n"
     print(text)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

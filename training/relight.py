@@ -3,7 +3,7 @@
     python -m training.relight --annotate --data DIR
     python -m training.relight --data DIR --out COARSE --preset coarse --size 64 --noise-std 0.5
     python -m training.relight --data DIR --out FINE --size 128 --grow COARSE/state.safetensors
-    torchrun --nproc_per_node 8 -m training.relight --preset official --data DIR --out RUN --size 256
+    torchrun --nproc-per-node 8 -m training.relight --preset official --data DIR --out RUN --size 256
 
 The same command with --resume continues a run. --rig starts from the denoiser of a DiffusionRig run.
 RUN/model.safetensors is what the loader reads; samples/ shows faces of the "val" split: photo, reference,
@@ -13,20 +13,18 @@ reconstruction from the inverted photo, and the same noise under the neighbour's
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rig_core import checkpoints, conditions, train
-from rig_core.data import Dataset, Loader
+from rig_core.data import Dataset
 from rig_core.denoisers.relight import DiFaReli, RelightConfig, start_open
 from rig_core.diffusion import linear_schedule, respace
 from rig_core.samplers import invert, sample
-from training import relight_data
+from training import relight_data, run_arguments
 from training.grow import from_rig, grow_relight
-from training.stage1 import save_picture
 
 # levels: those of the U-Net that get attention, 0 the finest
 # fmt: off
@@ -76,89 +74,34 @@ def contact_sheet(head, dataset: Dataset, size: int, device, count: int = 6):
 
 def arguments() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", action="append", required=True, metavar="DIR", help="dataset folder; repeatable")
+    run_arguments.add_data(p, PRESETS)
     p.add_argument("--annotate", action="store_true", help="only work out what training needs of --data")
-    p.add_argument("--mix", action="append", type=float, help="share of each --data, in their order")
-    p.add_argument("--out", help="run folder")
-    p.add_argument("--preset", choices=PRESETS, default="small")
-    p.add_argument("--size", type=int, default=128, help="picture size in px")
-    p.add_argument("--head", help="head file; the pack's open head by default")
     p.add_argument("--rig", help="start from the denoiser of this DiffusionRig run or file, of the same size")
-    p.add_argument("--grow", help="start from this run of half the size, trained with --noise-std 0.5")
-    p.add_argument("--noise-std", type=float, default=1.0, help="0.5 for a run that will be grown")
     p.add_argument(
         "--boost", type=float, default=1.0, help="loss weight of noisy levels, at most; 1: plain loss"
     )
     p.add_argument("--cast", type=float, default=0.5, help="share of references with the cast-shadow map")
-    p.add_argument("--batch", type=int, default=16, help="per process")
-    p.add_argument("--steps", type=int, default=100_000)
-    p.add_argument("--minutes", type=float, default=0.0, help="stop after this long; 0: no limit")
-    p.add_argument("--lr", type=float, default=1e-4)
-    p.add_argument("--warmup", type=int, default=500, help="steps of linear learning-rate warm-up")
-    p.add_argument("--ema", type=float, default=0.9999)
-    p.add_argument("--no-flip", action="store_true")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="bf16 on a GPU, fp32 on a CPU")
-    p.add_argument("--threads", type=int, help="CPU threads of torch")
-    p.add_argument("--save-minutes", type=float, default=10.0)
-    p.add_argument("--sample-every", type=int, default=2000, help="steps between sample sheets")
-    p.add_argument("--log-every", type=int, default=50)
-    p.add_argument("--resume", action="store_true")
+    run_arguments.add_run(p, ema=0.9999)
     return p
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = arguments()
     a = parser.parse_args(argv)
-    if a.threads:
-        torch.set_num_threads(a.threads)
-    head = checkpoints.load_head(a.head)
+    device, head = run_arguments.start(a), checkpoints.load_head(a.head)
     if a.annotate:
         for folder in a.data:
             relight_data.annotate(head, folder)
         return
-    if not a.out:
-        parser.error("--out is needed: the folder of the run")
-    index = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    rank, world = train.ranks()
-    out = Path(a.out)
-    config = train.Config(
-        steps=a.steps, lr=a.lr, warmup=a.warmup, ema=a.ema, p2_gamma=0.0, boost=a.boost, seed=a.seed,
-        noise_std=a.noise_std, minutes=a.minutes,
-        precision=a.precision or ("bf16" if device.type == "cuda" else "fp32"),
-        log_every=a.log_every, save_minutes=a.save_minutes, sample_every=a.sample_every,
-    )  # fmt: skip
-    torch.manual_seed(a.seed)
+    run_arguments.check_out(parser, a)
+    config = run_arguments.config(a, device, p2_gamma=0.0, boost=a.boost, noise_std=a.noise_std)
     head = head.to(device)
-    folders = [Dataset.open(d) for d in a.data]
-    chosen = [d.select("train") for d in folders]
-    for d in chosen:
-        if len(d) * 3 * a.size**2 < 2 << 30:
-            d.preload(a.size)
+    chosen, shown = run_arguments.datasets(a)
     table = relight_data.Table(chosen, a.size)
     model = _model(a, head, table)
-    shown = next((d for d in (f.select("val") for f in folders) if len(d)), chosen[0])
-    sheet = contact_sheet(head, shown, a.size, device) if rank == 0 else None
-    about = {
-        "head": head.name,
-        "size": a.size,
-        "data": [Path(d).name for d in a.data],
-        "seed": a.seed,
-        "ema": a.ema,
-    }
     prepare = relight_data.inputs(head, a.size, table, device, a.cast, not a.no_flip)
-    with Loader(chosen, a.size, a.batch, a.seed, a.mix, rank, world) as batches:
-        train.train(
-            config, model, out, batches, prepare, device,
-            resume=a.resume, options={"arguments": vars(a), "architecture": model.config.to_dict()},
-            on_sample=lambda ema, step: save_picture(sheet(ema), out / "samples" / f"{step:07d}.png"),
-            on_save=lambda ema, step: checkpoints.save_denoiser(
-                out / "model.safetensors", ema, {**about, "step": step}, half=True
-            ),
-        )  # fmt: skip
+    sheet = contact_sheet(head, shown, a.size, device) if train.ranks()[0] == 0 else None
+    run_arguments.run(a, config, model, chosen, prepare, sheet, device, {"head": head.name})
 
 
 def _model(a: argparse.Namespace, head, table: relight_data.Table) -> DiFaReli:
@@ -181,4 +124,4 @@ def _model(a: argparse.Namespace, head, table: relight_data.Table) -> DiFaReli:
 
 
 if __name__ == "__main__":
-    main()
+    run_arguments.command("training.relight", main)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rig_core import checkpoints, conditions, files, matte
+from rig_core import checkpoints, conditions, distributed, files, matte
 from rig_core.data import Dataset, Portraits
 from rig_core.estimators import identity, shadow
 
@@ -25,7 +25,7 @@ def annotate(head, folder: str | Path, size: int = 128, batch: int = 32, progres
     """Write `folder`/relight.safetensors for all entries, replacing an older one."""
     dataset = Dataset.open(folder)
     recognise, judge = checkpoints.load_identity(), checkpoints.load_shadow()
-    rows: dict[str, list[Tensor]] = {"matte": [], "visible": [], "embed": [], "shadow": []}
+    rows: dict[str, Tensor] = {}
     chunks = range(0, len(dataset), batch)
     if progress:
         from tqdm import tqdm
@@ -36,13 +36,17 @@ def annotate(head, folder: str | Path, size: int = 128, batch: int = 32, progres
         image = dataset.images(picks, size).float() / 255
         code = dataset.codes(picks).resized((size, size))
         with torch.no_grad():
-            rows["matte"].append(_bytes(matte.head_matte(head, code, image)))
-            rows["visible"].append(_bytes(conditions.visibility(head, code, size)))
-            rows["embed"].append(identity.embed(recognise, image))
-            rows["shadow"].append(shadow.scalar(judge, image))
+            found = {
+                "matte": _bytes(matte.head_matte(head, code, image)),
+                "visible": _bytes(conditions.visibility(head, code, size)),
+                "embed": identity.embed(recognise, image),
+                "shadow": shadow.scalar(judge, image),
+            }
+        for k, v in found.items():
+            rows.setdefault(k, v.new_empty(len(dataset), *v.shape[1:]))[start : start + len(v)] = v
     names = json.dumps([e.name for e in dataset.entries])
     path = Path(folder) / NAME
-    files.save(path, {k: torch.cat(v) for k, v in rows.items()}, {"kind": "relight data", "names": names})
+    files.save(path, rows, {"kind": "relight data", "names": names})
 
 
 def _bytes(x: Tensor) -> Tensor:
@@ -50,19 +54,42 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 class Table:
-    """The annotations of several datasets (or selections of them), addressed as `Portraits.index` does."""
+    """The annotations of several datasets (or selections of them), addressed as `Portraits.index` does.
+
+    They stay in their files, which are mapped into memory.
+    """
 
     def __init__(self, datasets: Sequence[Dataset], size: int):
-        parts = [_rows(d, size) for d in datasets]
-        self.columns = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+        self.parts, self.size = [_rows(d) for d in datasets], size
+        self.starts = torch.tensor([0] + [len(d) for d in datasets]).cumsum(0)
+
+    @property
+    def embed_dim(self) -> int:
+        return self.parts[0][0]["embed"].shape[1]
 
     def __call__(self, index: Tensor, device: torch.device | str) -> dict[str, Tensor]:
         """matte, visible [B,1,s,s] 0..1, embed [B,E], shadow [B,1], float32 on the device."""
-        rows = {k: v[index].to(device) for k, v in self.columns.items()}
-        return {k: v.float() / 255 if v.dtype == torch.uint8 else v.float() for k, v in rows.items()}
+        source = torch.searchsorted(self.starts, index, right=True) - 1
+        columns: dict[str, list[Tensor]] = {}
+        places = []
+        for k in source.unique().tolist():
+            tensors, rows = self.parts[k]
+            places.append((source == k).nonzero()[:, 0])
+            picks = rows[index[places[-1]] - self.starts[k]]
+            for name, v in tensors.items():
+                columns.setdefault(name, []).append(self._sized(v[picks].to(device)))
+        back = torch.cat(places).argsort().to(device)
+        return {name: torch.cat(parts)[back] for name, parts in columns.items()}
+
+    def _sized(self, v: Tensor) -> Tensor:
+        if v.dtype != torch.uint8:
+            return v.float()
+        v = v.float() / 255
+        return v if v.shape[-1] == self.size else F.interpolate(v, (self.size, self.size), mode="area")
 
 
-def _rows(dataset: Dataset, size: int) -> dict[str, Tensor]:
+def _rows(dataset: Dataset) -> tuple[dict[str, Tensor], Tensor]:
+    """The annotations in a dataset's folder, and which of their rows its entries are."""
     path = dataset.folder / NAME
     if not path.exists():
         raise FileNotFoundError(
@@ -73,13 +100,7 @@ def _rows(dataset: Dataset, size: int) -> dict[str, Tensor]:
     missing = next((e.name for e in dataset.entries if e.name not in row), None)
     if missing:
         raise ValueError(f"{path} knows nothing of '{missing}': run training.relight --annotate again")
-    picks = torch.tensor([row[e.name] for e in dataset.entries])
-    tensors = {k: v[picks] for k, v in tensors.items()}
-    for k in ("matte", "visible"):
-        if tensors[k].shape[-1] != size:
-            small = [F.interpolate(part.float(), (size, size), mode="area") for part in tensors[k].split(256)]
-            tensors[k] = torch.cat(small).round().to(torch.uint8)
-    return tensors
+    return tensors, torch.tensor([row[e.name] for e in dataset.entries])
 
 
 def inputs(
@@ -94,13 +115,14 @@ def inputs(
     def prepare(portraits: Portraits) -> tuple[Tensor, tuple]:
         x_0 = portraits.image.to(device).float().div_(127.5).sub_(1)
         code, row = portraits.code.to(device), table(portraits.index, device)
-        visible = torch.where(torch.rand(len(x_0), 1, 1, 1).to(device) < cast, row["visible"], 1.0)
+        shadowed = distributed.part(torch.rand, len(x_0)).to(device) < cast
+        visible = torch.where(shadowed[:, None, None, None], row["visible"], 1.0)
         spatial = conditions.spatial(
             conditions.shading_reference(head, code, size, visible),
             conditions.background(x_0 / 2 + 0.5, row["matte"]),
         )
         if flip:
-            which = (torch.rand(len(x_0)) < 0.5).to(device)
+            which = (distributed.part(torch.rand, len(x_0)) < 0.5).to(device)
             w = which[:, None, None, None]
             x_0, spatial = torch.where(w, x_0.flip(-1), x_0), torch.where(w, spatial.flip(-1), spatial)
             code = mirrored(code, which)
@@ -124,4 +146,4 @@ def mirrored(code, which: Tensor):
 def vector_length(head, table: Table) -> int:
     """Length of the vector condition: see `conditions.vector`."""
     s = head.sizes
-    return s.shape + s.pose + s.exp + 3 + table.columns["embed"].shape[1] + 1
+    return s.shape + s.pose + s.exp + 3 + table.embed_dim + 1
