@@ -126,13 +126,14 @@ def fit(
     .safetensors for `checkpoints.load_rig`. about: more for its metadata: the person, and for adapters
     "base", the name of the base's file. on_sample gets the picture of `sheet` [3,h,w], not after `stop()`.
     The rest, and what is raised, as in `train.train`; FileExistsError also when `path` exists and the run is
-    not resumed.
+    not resumed, ValueError when it is resumed with another base.
     """
     size, path = rig.config.image_size, Path(path)
     if path.exists() and not resume:
         raise FileExistsError(f"{path} exists: take another name, or delete it")
     if tuple(images.shape[2:]) != (size, size):
         raise ValueError(f"the album's pictures are {list(images.shape[2:])}, the base works at {size} px")
+    head, codes = head.to(device), codes.to(device)
     shape = codes.shape.mean(0, keepdim=True).cpu() if recipe.mean_shape else None
     codes = with_shape(head, codes, shape)
     about = {
@@ -140,6 +141,8 @@ def fit(
         "lr": config.lr, "batch": recipe.batch, "rank": recipe.rank, "others": recipe.others,
         "base_mark": lora.mark(rig.denoisingUNet),
     }  # fmt: skip
+    if path.exists() and files.read(path)[1].get("base_mark") != about["base_mark"]:
+        raise ValueError(f"{path} was trained from another base: take that one, or another name")
     batch, prepare = inputs(rig, head, images, codes, recipe, config.seed, device)
     config = adapted(rig, config, recipe.rank)
     first = pipeline.Portrait(images[:1].to(device), Crop(torch.eye(3, device=device)[None], size), codes[0])

@@ -199,12 +199,28 @@ def test_no_model_is_overwritten(pack, head, quick):
     assert before == ((folder / "tiny.safetensors").read_bytes(), (folder / "anna.safetensors").read_bytes())
 
 
+def test_a_training_goes_on_from_its_own_base_only(pack, head, model, quick):
+    folder, checkpoints = pack.host.folder / "models" / "face_rig", pack.core.checkpoints
+    net, _ = checkpoints.load_rig(folder / "tiny.safetensors")
+    torch.nn.init.normal_(net.denoisingUNet.out[2].weight, std=0.1)
+    checkpoints.save_denoiser(folder / "other.safetensors", net)
+    with pytest.raises(ValueError, match="anna.safetensors was trained from another base: take that one"):
+        train(pack, head, base="other.safetensors", steps=9)
+    assert read(pack, "anna")["step"] == 3
+
+
 @pytest.mark.parametrize("name", ["", "a b", "../x", "a/b", "a.b", "a\\b", "C:x", "a\n"])
 def test_odd_names_are_refused_before_anything_runs(pack, head, name):
     node = pack.nodes[TRAIN]
     assert "letters, digits, - and _ only" in node.validate_inputs(name=name)
     with pytest.raises(ValueError, match="'name' is"):
         train(pack, head, name=name)
+
+
+def test_the_seed_stays_as_it_is_from_run_to_run(pack):
+    """None would do the opposite: the browser turns a number called seed into a new one after each run."""
+    seed = next(i for i in pack.nodes[TRAIN].define_schema().inputs if i.id == "seed")
+    assert seed.control_after_generate is False
 
 
 def test_good_names_pass_and_so_does_one_that_is_not_known_yet(pack):
