@@ -294,6 +294,15 @@ def run_path(name: str) -> Path:
     return Path(folder_paths.get_output_directory()) / FOLDER / name
 
 
+def stop_pressed() -> bool:
+    """Whether the user pressed stop; asking takes it back, so remember the answer."""
+    try:
+        mm.throw_exception_if_processing_interrupted()
+    except mm.InterruptProcessingException:
+        return True
+    return False
+
+
 def end_prompt() -> None:
     """End the prompt as the host's stop button does, after what had to be saved."""
     raise mm.InterruptProcessingException

@@ -143,7 +143,7 @@ class TrainPersonalModel(io.ComfyNode):
             personal.fit(
                 config, recipe, rig, head, found.images, found.codes, out, path, device, resume,
                 about={"person": name, "base": Path(file or "").name, "album": found.names},
-                on_sample=watch.sample, on_step=watch.step, stop=lambda: watch.stopped,
+                on_sample=watch.sample, on_step=watch.step, stop=watch.stop,
             )  # fmt: skip
         if watch.stopped:
             host.end_prompt()
@@ -199,6 +199,10 @@ class Watch:
             first, since = self.began
             left = (self.steps - step) * (time.monotonic() - since) / max(step - first, 1) / 60
             host.say(f"step {step} of {self.steps}, loss {loss:.4f}, {left:.0f} min left", self.node)
+
+    def stop(self) -> bool:
+        self.stopped |= host.stop_pressed()
+        return self.stopped
 
     def sample(self, sheet, step):
         self.sheet = sheet

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -124,7 +125,7 @@ def fit(
 
     rig: the base; it is changed. images [N,3,s,s] 0..1 of the base's size s and their codes. path: a
     .safetensors for `checkpoints.load_rig`. about: more for its metadata: the person, and for adapters
-    "base", the name of the base's file. on_sample gets the picture of `sheet` [3,h,w], not after `stop()`.
+    "base", the name of the base's file. on_sample gets the picture of `sheet` [3,h,w], unless `stop()`.
     The rest, and what is raised, as in `train.train`; FileExistsError also when `path` exists and the run is
     not resumed, ValueError when it is resumed with another base.
     """
@@ -150,9 +151,13 @@ def fit(
     def save(ema: nn.Module, step: int) -> None:
         write(path, ema, about | {"step": step} | ({} if shape is None else {"mean_shape": shape}))
 
+    def go_on(_: dict) -> None:
+        if stop():
+            raise _Stopped
+
     def sample(ema: nn.Module, step: int) -> None:
-        if not stop():  # whoever stops does not want to wait for it
-            on_sample(sheet(ema, head, first), step)
+        with suppress(_Stopped):
+            on_sample(sheet(ema, head, first, go_on), step)
 
     return train.train(
         config, rig, out, batch, prepare, device, resume, {"recipe": vars(recipe), **about},
@@ -171,8 +176,11 @@ def write(path: Path, model: DiffusionRig, about: dict) -> None:
 
 
 @torch.no_grad()
-def sheet(model: DiffusionRig, head, portrait: pipeline.Portrait) -> Tensor:
-    """The photo, and what the model makes of it under four lights: [3, s, 5s] 0..1."""
+def sheet(model: DiffusionRig, head, portrait: pipeline.Portrait, callback=None) -> Tensor:
+    """The photo, and what the model makes of it under four lights: [3, s, 5s] 0..1.
+
+    callback: see samplers.sample.
+    """
     own = portrait.code.light
     azimuth, elevation = torch.tensor(LIGHTS).T
     lights = light_prior.edit(
@@ -180,8 +188,14 @@ def sheet(model: DiffusionRig, head, portrait: pipeline.Portrait) -> Tensor:
     )
     target = portrait.code.expand(len(LIGHTS)).replace(light=lights)
     # from noise a young model is much cleaner with ddpm, whose fresh noise takes its errors away
-    edit = pipeline.paint(model, head, portrait, target, "quad50", "ddpm", keep=False, guidance=1.0)
+    edit = pipeline.paint(
+        model, head, portrait, target, "quad50", "ddpm", keep=False, guidance=1.0, callback=callback
+    )
     return torch.cat([*portrait.image, *edit.image], 2).cpu()
+
+
+class _Stopped(Exception):
+    """Ends the painting of a sheet that nobody waits for any more."""
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,9 @@ def test_files_come_back(tmp_path):
     for name in ("ours.safetensors", "parallel.pt", "bare.pt"):
         found = checkpoints.load_identity(tmp_path / name)
         assert not found.training and found.config == SMALL
-        assert torch.equal(identity.embed(found, x), identity.embed(model, x))
+        assert all(torch.equal(v, state[k]) for k, v in found.state_dict().items() if "num_batches" not in k)
+        # kernels may differ in the last bit with the memory's alignment
+        assert (identity.embed(found, x) - identity.embed(model, x)).abs().max() < 1e-6
 
 
 def test_bad_files(tmp_path):

@@ -94,7 +94,12 @@ def quick(pack, trained, monkeypatch):
         return trained.album
 
     monkeypatch.setattr(nodes, "gather", gather)
-    monkeypatch.setattr(pack.core.personal, "sheet", lambda *_: torch.full((3, SIZE, 5 * SIZE), 0.25))
+
+    def sheet(model, head, portrait, callback):
+        callback({})
+        return torch.full((3, SIZE, 5 * SIZE), 0.25)
+
+    monkeypatch.setattr(pack.core.personal, "sheet", sheet)
 
 
 def test_the_model_is_in_the_loaders_list_and_loads(pack, model, trained):
@@ -164,6 +169,21 @@ def test_stop_saves_and_the_next_run_goes_on_there(pack, head, quick):
     stopped, at_once = (pack.core.files.read(folder / "models" / "face_rig" / f"{n}.safetensors")[0] for n in
                         ("stopped", train(pack, head, name="at_once", steps=5)[0].split(".")[0]))  # fmt: skip
     assert all(torch.equal(v, at_once[k]) for k, v in stopped.items())
+
+
+def test_stop_while_a_sheet_is_painted_does_not_wait_for_it(pack, head, quick, monkeypatch):
+    asked, painted = iter([False] * 4 + [True]), []  # once a step, then while painting
+
+    def sheet(model, head, portrait, callback):
+        for i in range(10):
+            painted.append(i)
+            callback({})
+
+    monkeypatch.setattr(pack.core.personal, "sheet", sheet)
+    monkeypatch.setattr(pack.nodes_module.host, "stop_pressed", lambda: next(asked))
+    with pytest.raises(host_double.Interrupted):
+        train(pack, head, name="painting")
+    assert painted == [0, 1] and read(pack, "painting")["step"] == 3
 
 
 def test_stop_while_the_album_is_looked_at_leaves_nothing(pack, head, trained):

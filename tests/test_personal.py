@@ -10,6 +10,7 @@ from rig_core.denoisers.rig import DiffusionRig, RigConfig
 
 SIZE = 32
 CONFIG = train.Config(steps=3, lr=1e-3, warmup=1, ema=0.5, precision="fp32", sample_every=10**9)
+RECIPE = personal.Recipe(batch=2)
 
 
 def base() -> DiffusionRig:
@@ -45,7 +46,7 @@ def images(head, codes):
     return buffers.render(head, codes, SIZE).rendered.clamp(0, 1)
 
 
-def run(head, images, codes, out, config=CONFIG, recipe=personal.Recipe(batch=2), rig=None, **options):
+def run(head, images, codes, out, config=CONFIG, recipe=RECIPE, rig=None, **options):
     path = out / "person.safetensors"
     state = personal.fit(config, recipe, rig or base(), head, images, codes, out, path, **options)
     return state, path
