@@ -7,6 +7,7 @@ sums are taken and for dropout, whose masks each process draws for itself.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -28,9 +29,16 @@ def ranks() -> tuple[int, int]:
 
 
 def leave() -> None:
-    """The end of a process of a group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """The end of a process of a group, once all have come to it; a process that is alone goes on."""
+    if not dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    gather(0)
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads live on, and abort if they want Python when it is half gone
 
 
 def part(draw: Callable[[int], Tensor], n: int) -> Tensor:
@@ -67,14 +75,14 @@ class Vote:
     def __call__(self, flag: bool) -> bool:
         if self.world == 1:
             return flag
-        answer = False
         if self.asked:
             work, votes = self.asked
             work.wait()
-            answer = bool(votes)
-        votes = torch.tensor(float(flag or answer))  # on the CPU, whatever the model is on
+            if votes:
+                return True
+        votes = torch.tensor(float(flag))  # on the CPU, whatever the model is on
         self.asked = dist.all_reduce(votes, async_op=True), votes
-        return answer
+        return False
 
 
 class _Mean(torch.autograd.Function):

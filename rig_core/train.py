@@ -128,7 +128,7 @@ def train(
             values, norm = update(state, config, loss, x_0, t, noise, inputs)
             now = time.monotonic()
             late = bool(config.minutes) and now - started > 60 * config.minutes
-            ending = vote(bool(caught) or late or stop()) or state.step == config.steps
+            ending = state.step == config.steps or vote(bool(caught) or late or stop())
             if log:
                 saving = ending or now - saved > 60 * config.save_minutes
                 lr = state.optimizer.param_groups[0]["lr"]

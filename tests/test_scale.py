@@ -159,6 +159,15 @@ def test_a_process_that_fails_ends_the_others(runs):
 
 
 @pytest.mark.slow
+def test_processes_that_see_different_run_folders_say_so(runs):
+    folder, report, errors = runs
+    assert report["apart"]["exits"] == [1, 1]
+    for rank in "01":
+        assert f"ValueError: {folder / 'apart' / rank} is not the same for all processes" in errors
+    assert [x["step"] for x in log(folder / "apart" / "0")] == [1, 2]
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_process_saves_and_ends_all(runs):
     found = runs[1]["one_is_terminated"]
     assert found["exits"] == [0, 0] and 1 <= found["step"] < 500

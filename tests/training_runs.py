@@ -171,6 +171,12 @@ def one_is_terminated(out):
     return {"exits": [ended(p) for p in pids], "step": files.read(out / train.STATE)[1]["step"]}
 
 
+def apart(out):
+    """Two processes whose run folders are not the same: one holds a run, the other does not."""
+    ended(fork(lambda: run(out / "0", 2)))
+    return {"exits": [ended(p) for p in pair(lambda rank: run(out / str(rank)))]}
+
+
 def terminated(faces, out):
     """A command line that gets SIGTERM after its first steps."""
     pid = fork(lambda: stage1_command(arguments(faces, out, 2, 10**6)))
@@ -219,6 +225,7 @@ def main(folder, faces):
             report[name] = killed_while_saving(folder / name, part, count)
     report["one_fails"] = one_fails(folder / "one_fails")
     report["one_is_terminated"] = one_is_terminated(folder / "one_is_terminated")
+    report["apart"] = apart(folder / "apart")
     report["terminated"] = terminated(faces, folder / "run")
     report["starved"] = starved(faces, folder / "run")
     shared = pair(lambda rank: relight.main(arguments(faces, folder / "relight", 2, 3)))
