@@ -6,9 +6,8 @@ from pathlib import Path
 import torch
 from comfy_api.latest import io, ui
 
-from ..rig_core import album, checkpoints, data, personal, train
+from ..rig_core import album, checkpoints, data, personal, pipeline, train
 from ..rig_core.denoisers.rig import DiffusionRig
-from ..rig_core.estimators import deca, landmark_fit
 from . import host, sockets
 from .loaders import FILES
 
@@ -130,13 +129,13 @@ class TrainPersonalModel(io.ComfyNode):
             head, size, device = host.head(face_model), rig.config.image_size, host.device()
             personal.check_head(head, meta)
             found = gather(host.album_path(album), face_model, size)
-            usual = personal.published(rig, rank)
+            usual = personal.usual(rig, rank)
             config = train.Config(
                 steps=steps or usual[0], lr=learning_rate or usual[1], warmup=50, ema=0.99, seed=seed,
                 precision=train.fast_precision(device), save_minutes=5, log_every=10,
                 sample_every=max(50, (steps or usual[0]) // 6),
             )  # fmt: skip
-            recipe = personal.Recipe(batch, rank, others="stage" in meta)
+            recipe = personal.Recipe(batch, rank, others=personal.learned_from_others(meta))
             host.make_room()
             expected = personal.forecast(config, recipe, checkpoints.load_rig(file)[0], device)
             watch = Watch(config.steps, expected, cls.hidden)
@@ -170,10 +169,7 @@ def gather(folder, face_model, size) -> album.Album:
     progress, head, net = host.Progress(len(files)), host.head(face_model), host.deca(face_model)
 
     def fit(images, points):
-        images, points = images.to(device), points.to(device)
-        if net is None:
-            return landmark_fit.fit(head, points, tuple(images.shape[2:]), images)
-        return deca.encode(net, images, points)
+        return pipeline.encode(head, images.to(device), points.to(device), net)
 
     photos = [(p.name, lambda p=p: data.read_photo(p)) for p in files]
     recognise = checkpoints.load_identity()

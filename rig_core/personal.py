@@ -59,7 +59,12 @@ def check_head(head, meta: dict) -> None:
         )
 
 
-def published(rig: DiffusionRig, rank: int = 0) -> tuple[int, float]:
+def learned_from_others(meta: dict) -> bool:
+    """Whether a base, by what its file says, took global codes from other photos: our stage 1 does."""
+    return "stage" in meta
+
+
+def usual(rig: DiffusionRig, rank: int = 0) -> tuple[int, float]:
     """Steps and learning rate that suit a base: 5000 and 1e-5 as published for a network of its width, fewer
     and larger ones for small networks; adapters take ten times the rate (docs/personal.md)."""
     steps, lr = (5000, 1e-5) if rig.config.width >= 128 else (SMALL_STEPS, SMALL_LR)
@@ -215,10 +220,13 @@ def forecast(config: train.Config, recipe: Recipe, rig: DiffusionRig, device: to
     x_0 = torch.zeros(batch, 3, size, size, device=device)
     code = torch.zeros(batch, rig.config.latent_dim, device=device)
     given = (torch.zeros(batch, 9, size, size, device=device), None, code)
+    weights = {p.untyped_storage().data_ptr() for p in state.model.parameters()}
     kept: dict[int, int] = {}
 
     def note(v: Tensor) -> Tensor:
-        kept[v.untyped_storage().data_ptr()] = v.untyped_storage().nbytes()
+        storage = v.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
         return v
 
     for _ in range(2):  # the first one warms up

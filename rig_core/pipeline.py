@@ -54,13 +54,16 @@ def estimate(
         points = landmarks.find_landmarks(photo, boxes[face : face + 1])
     crop = align.ffhq_crop(points, size)
     image = crop.apply(photo)
-    points = crop.apply_points(points)
+    return Portrait(image, crop, encode(head, image, crop.apply_points(points), encoder))
+
+
+def encode(head, image: Tensor, points: Tensor, encoder=None) -> FaceCode:
+    """The codes of pictures [B,3,H,W] 0..1 with landmarks [B,68,2] in their pixels: see `estimate`."""
     if encoder is None:
-        code = landmark_fit.fit(head, points, (size, size), image)
-    else:
-        code = deca.encode(encoder, image, points)
-        code.require_head(head.name)
-    return Portrait(image, crop, code)
+        return landmark_fit.fit(head, points, tuple(image.shape[2:]), image)
+    code = deca.encode(encoder, image, points)
+    code.require_head(head.name)
+    return code
 
 
 def turn(

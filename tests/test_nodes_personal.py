@@ -355,7 +355,7 @@ def test_it_runs_again_when_a_photo_or_the_base_changes(pack, model, anna):
 def test_deca_reads_the_album_where_the_face_model_has_it(pack, head, anna, monkeypatch):
     personal, checkpoints = pack.nodes_module.personal, pack.core.checkpoints
     with torch.device("meta"):
-        encoder = pack.nodes_module.host.estimator(personal.deca.DECA())
+        encoder = pack.nodes_module.host.estimator(personal.pipeline.deca.DECA())
     calls = []
 
     def encode(net, images, points):
@@ -367,7 +367,7 @@ def test_deca_reads_the_album_where_the_face_model_has_it(pack, head, anna, monk
         assert photos[0][1]().shape == (1, 3, 192, 192) and photos[4][1]().shape == (1, 3, 150, 200)
         return fit(torch.zeros(2, 3, size, size), torch.zeros(2, 68, 2))
 
-    monkeypatch.setattr(personal.deca, "encode", encode)
+    monkeypatch.setattr(personal.pipeline.deca, "encode", encode)
     monkeypatch.setattr(pack.core.album, "gather", gather)
     monkeypatch.setattr(checkpoints, "load_identity", lambda: None)
     face_model = pack.core.heads.FaceModel(head, encoder)

@@ -196,8 +196,8 @@ def test_forecast_counts_what_training_holds(head):
 
 
 def test_small_bases_take_larger_steps():
-    assert personal.published(base()) == (personal.SMALL_STEPS, personal.SMALL_LR)
+    assert personal.usual(base()) == (personal.SMALL_STEPS, personal.SMALL_LR)
     with torch.device("meta"):
         wide = DiffusionRig(RigConfig(64, 128, (1, 1), 1, ()))
-    assert personal.published(wide) == (5000, 1e-5)
-    assert personal.published(wide, rank=4) == (5000, pytest.approx(1e-4))
+    assert personal.usual(wide) == (5000, 1e-5)
+    assert personal.usual(wide, rank=4) == (5000, pytest.approx(1e-4))

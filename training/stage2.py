@@ -17,8 +17,7 @@ from pathlib import Path
 
 import torch
 
-from rig_core import album, checkpoints, data, distributed, personal, train
-from rig_core.estimators import deca, landmark_fit
+from rig_core import album, checkpoints, data, distributed, personal, pipeline, train
 from rig_core.heads import FaceModel
 from training import run_arguments
 from training.run_arguments import save_picture
@@ -54,10 +53,10 @@ def main(argv: list[str] | None = None) -> None:
     found = gather(a.album, face, rig.config.image_size, show if first else None)
     if first:
         write(found, a.out)
-    steps, lr = personal.published(rig, a.lora)
+    steps, lr = personal.usual(rig, a.lora)
     a.steps, a.lr = a.steps or steps, a.lr or lr
     config = run_arguments.config(a, device)
-    recipe = personal.Recipe(a.batch, a.lora, not a.own_shapes, others="stage" in meta)
+    recipe = personal.Recipe(a.batch, a.lora, not a.own_shapes, others=personal.learned_from_others(meta))
     if first:
         print(cost(config, recipe, a.base, device), flush=True)
     personal.fit(
@@ -73,9 +72,7 @@ def gather(folder: Path, face: FaceModel, size: int, callback) -> album.Album:
     """The portraits of an album folder, their codes from DECA where there is one."""
 
     def fit(images, points):
-        if face.encoder is not None:
-            return deca.encode(face.encoder, images, points)
-        return landmark_fit.fit(face.head, points, tuple(images.shape[2:]), images)
+        return pipeline.encode(face.head, images, points, face.encoder)
 
     photos = [(p.name, lambda p=p: data.read_photo(p)) for p in album.paths(folder)]
     return album.gather(photos, size, checkpoints.load_identity(), fit, callback=callback, head=face.head)
