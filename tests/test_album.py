@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from rig_core import album, align, checkpoints, files
+from rig_core import contact_sheet as sheets
 from rig_core.data import read_photo
 from rig_core.estimators import landmark_fit
 from rig_core.warp import blur
@@ -387,21 +388,21 @@ def colour(sheet, x, y):
 
 def test_the_sheet_shows_the_kept_then_the_others_dimmed():
     red = torch.tensor([200, 0, 0], dtype=torch.uint8)[:, None, None].expand(3, 150, 150)
-    sheet = album.contact_sheet(
+    sheet = sheets.contact_sheet(
         [("a.jpg", red), ("b.jpg", red)], [("c.jpg", red, "blurred: much"), ("d", None, "x")]
     )
-    gap, step = album.GAP, album.TILE + album.GAP
+    gap, step = sheets.GAP, sheets.TILE + sheets.GAP
     assert sheet.shape[2] == 4 * step + gap  # never narrower than four tiles
-    rows = [y for y in range(sheet.shape[1]) if colour(sheet, gap - 1, y) in (album.KEPT, album.LEFT_OUT)]
-    first, second = rows[0], next(y for y in rows if colour(sheet, gap - 1, y) == album.LEFT_OUT)
-    assert second > first + album.TILE
+    rows = [y for y in range(sheet.shape[1]) if colour(sheet, gap - 1, y) in (sheets.KEPT, sheets.LEFT_OUT)]
+    first, second = rows[0], next(y for y in rows if colour(sheet, gap - 1, y) == sheets.LEFT_OUT)
+    assert second > first + sheets.TILE
     for column in (0, 1):
         assert colour(sheet, gap + column * step + 75, first + 75) == (200, 0, 0)
     assert colour(sheet, gap + 75, second + 75) == (225, 125, 124)  # half way to the page
-    assert colour(sheet, gap + step + 75, second + 75) == album.MOUNT
-    assert colour(sheet, gap + 2 * step + 75, second + 75) == album.PAGE
-    below = sheet[:, second + album.TILE + 1 :, gap : gap + album.TILE]
-    ink = (below - torch.tensor(album.LEFT_OUT)[:, None, None] / 255).abs().amax(0) < 0.02
+    assert colour(sheet, gap + step + 75, second + 75) == sheets.MOUNT
+    assert colour(sheet, gap + 2 * step + 75, second + 75) == sheets.PAGE
+    below = sheet[:, second + sheets.TILE + 1 :, gap : gap + sheets.TILE]
+    ink = (below - torch.tensor(sheets.LEFT_OUT)[:, None, None] / 255).abs().amax(0) < 0.02
     assert ink.sum() > 30  # the reason, in its colour
 
 
@@ -409,11 +410,11 @@ def test_a_large_album_still_makes_one_sheet():
     tile = torch.zeros(3, 100, 150, dtype=torch.uint8)
     kept = [(f"a very long name of a photo, number {i}.jpg", tile) for i in range(100)]
     reason = "words " * 100
-    sheet = album.contact_sheet(kept, [(f"風 {i}", tile, reason) for i in range(100)])
+    sheet = sheets.contact_sheet(kept, [(f"風 {i}", tile, reason) for i in range(100)])
     black = (sheet[:, :, 20] == 0).all(0).sum()  # in the first column; those left out are grey
-    assert black == 100 * 5 and sheet.shape[2] == 8 * (album.TILE + album.GAP) + album.GAP
-    rows = 5 * (album.TILE + album.LINE + album.GAP) + 3 * (album.TILE + 7 * album.LINE + album.GAP)
-    assert sheet.shape[1] == rows + 4 * album.LINE + album.GAP
+    assert black == 100 * 5 and sheet.shape[2] == 8 * (sheets.TILE + sheets.GAP) + sheets.GAP
+    rows = 5 * (sheets.TILE + sheets.LINE + sheets.GAP) + 3 * (sheets.TILE + 7 * sheets.LINE + sheets.GAP)
+    assert sheet.shape[1] == rows + 4 * sheets.LINE + sheets.GAP
 
 
 # --- folders and files ---
