@@ -51,7 +51,7 @@ def test_an_output_node_without_inputs(pack):
 
 def test_a_second_folder_and_one_that_is_not_there(pack, tmp_path):
     host = pack.nodes_module.host
-    paths, _ = host.folder_paths.folder_names_and_paths[host.FOLDER]
+    paths, _ = host.folders.folder_paths.folder_names_and_paths["face_rig"]
     paths += [str(tmp_path), str(tmp_path / "nothing")]
     try:
         (tmp_path / "model.pt").write_bytes(b"<html>")

@@ -110,8 +110,8 @@ def test_long_batches_go_in_parts_and_come_out_whole(pack, head, model, face, mo
 
     whole = run()
     host = pack.nodes_module.host
-    monkeypatch.setattr(host, "chunks", lambda n, *_: host._slices(n, 2))
-    monkeypatch.setattr(host, "batches", lambda model, n, *_: host._slices(n, 2))
+    monkeypatch.setattr(host, "chunks", lambda n, *_: host.slices(n, 2))
+    monkeypatch.setattr(host, "batches", lambda model, n, *_: host.slices(n, 2))
     for a, b in zip(run(), whole, strict=True):
         assert len(a) == 3
         torch.testing.assert_close(a, b, atol=2e-3, rtol=1e-3)

@@ -72,7 +72,7 @@ def test_light_from_photo_is_the_light_of_the_chosen_face(pack, head):
     assert alone.shape == (1, 9, 3) and ball.shape == (1, 128, 128, 3)
     assert (found[1] - alone).abs().max() < 0.3 < (found[0] - alone).abs().max()
     core = pack.core
-    want = core.pipeline.estimate(head, man[:, :height].permute(0, 3, 1, 2), 256).code.light
+    want = core.pipeline.estimate(head, man[:, :height].permute(0, 3, 1, 2).contiguous(), 256).code.light
     torch.testing.assert_close(alone, want, atol=1e-3, rtol=1e-3)
     assert not alone.requires_grad
     with pytest.raises(ValueError, match="has 2 faces, there is no face number 2"):

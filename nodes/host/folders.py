@@ -1,0 +1,108 @@
+"""Files and folders as the host knows them: models/face_rig, albums below input/, new models, runs."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import folder_paths
+
+from ...rig_core import album
+
+FOLDER = "face_rig"
+EXTENSIONS = {".safetensors", ".pt", ".pth", ".tar", ".ckpt", ".pkl"}
+DEFAULT = "default (in the pack)"
+NO_ALBUM = "(put a folder of photos into input)"
+
+
+def add_model_folder() -> None:
+    """Make models/face_rig known; folders that extra_model_paths.yaml gives under that name stay."""
+    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
+    paths, _ = folder_paths.folder_names_and_paths[FOLDER]
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, EXTENSIONS)
+
+
+def model_names(first: str = DEFAULT) -> list[str]:
+    """What a dropdown offers: the pack's own file (or what stands in its place), then models/face_rig."""
+    return [first, *(n for n in folder_paths.get_filename_list(FOLDER) if n != first)]
+
+
+def model_path(name: str, instead: str = f"choose '{DEFAULT}'") -> str | None:
+    """The file of a dropdown's entry, None for the pack's own. Raises FileNotFoundError."""
+    if name == DEFAULT:
+        return None
+    path = folder_paths.get_full_path(FOLDER, name)
+    if path is None:
+        raise FileNotFoundError(
+            f"there is no '{name}' in models/{FOLDER} (or it has another ending than "
+            f"{', '.join(sorted(EXTENSIONS))}): put it there and press R, or {instead}"
+        )
+    return path
+
+
+def model_fingerprint(name: str, beside=lambda folder: ()) -> str:
+    """Changes when the file behind a dropdown's entry does, or one of beside(its folder)."""
+    path = None if name == DEFAULT else folder_paths.get_full_path(FOLDER, name)
+    if path is None:
+        return name
+    stats = [os.stat(p) for p in (path, *beside(os.path.dirname(path)))]
+    return path + "".join(f":{s.st_mtime_ns}:{s.st_size}" for s in stats)
+
+
+def model_folders() -> list[str]:
+    """models/face_rig, and what extra_model_paths.yaml adds to it, as far as they exist."""
+    return [d for d in folder_paths.get_folder_paths(FOLDER) if os.path.isdir(d)]
+
+
+def models_fingerprint() -> str:
+    """Changes when any file in these folders does."""
+    found = [os.path.join(d, f) for top in model_folders() for d, _, files in os.walk(top) for f in files]
+    known = [(f, os.stat(f)) for f in sorted(found) if os.path.exists(f)]
+    return repr([(f, s.st_mtime_ns, s.st_size) for f, s in known])
+
+
+def album_names() -> list[str]:
+    """The folders below input/ that hold pictures, as a dropdown offers them."""
+    root = folder_paths.get_input_directory()
+    found = []
+    for folder, inside, files in os.walk(root):
+        inside[:] = sorted(d for d in inside if not d.startswith("."))
+        name = os.path.relpath(folder, root).replace(os.sep, "/")
+        if name != "." and any(os.path.splitext(f)[1].lower() in album.PHOTOS for f in files):
+            found.append(name)
+        if name.count("/") >= 2:
+            inside.clear()
+    return sorted(found) or [NO_ALBUM]
+
+
+def album_path(name: str) -> Path:
+    """The folder of a dropdown's entry. Raises ValueError for one that is not below input/."""
+    root = Path(folder_paths.get_input_directory()).resolve()
+    path = (root / name).resolve()
+    if root not in path.parents or not path.is_dir():
+        raise ValueError(
+            f"'album': there is no folder '{name}' below {root}: put the photos of one person into a folder "
+            "there and press R"
+        )
+    return path
+
+
+def album_fingerprint(name: str) -> str:
+    """Changes when a photo of the album does, or is added or taken away."""
+    known = [(p.name, p.stat()) for p in album.paths(album_path(name))]
+    return repr([(f, s.st_mtime_ns, s.st_size) for f, s in known])
+
+
+def new_model_path(name: str) -> Path:
+    """Where a new model of that name goes: models/face_rig. Raises ValueError for an odd name."""
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"'name' is '{name}': letters, digits, - and _ only, it becomes a file's name")
+    folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}.safetensors"
+
+
+def run_path(name: str) -> Path:
+    """Where the training of a model keeps its state: output/face_rig/NAME."""
+    return Path(folder_paths.get_output_directory()) / FOLDER / name
