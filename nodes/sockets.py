@@ -45,6 +45,11 @@ ShadowEstimator = io.Custom("SHADOW_ESTIMATOR")
 FaceParser = io.Custom("FACE_PARSER")
 
 
+def aliases(*words: str) -> dict:
+    """Other words that find a node, for its Schema, where the host has them (later than v0.3.64)."""
+    return {"search_aliases": list(words)} if "search_aliases" in io.Schema.__dataclass_fields__ else {}
+
+
 @dataclass(frozen=True)
 class Given:
     """What a CONDITIONING holds for a denoiser of ours, a batch of pictures; what they share exists once."""
