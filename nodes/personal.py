@@ -100,6 +100,8 @@ class TrainPersonalModel(io.ComfyNode):
                 io.String.Output(display_name="model_name", tooltip="The file's name in models/face_rig."),
                 io.Image.Output(display_name="sheet", tooltip="A photo, and it under four lights."),
                 io.Image.Output(display_name="album", tooltip="Photos taken and left out, with the reasons."),
+                io.Model.Output(display_name="model", tooltip="The personal model, loaded: use it at once."),
+                io.Int.Output(display_name="image_size", tooltip="The size for Align Face."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -146,9 +148,11 @@ class TrainPersonalModel(io.ComfyNode):
             )  # fmt: skip
         if watch.stopped:
             host.end_prompt()
+        with host.gradients():
+            model = host.model(*checkpoints.load_rig(path, base=file))
         sheet = host.image(watch.sheet[None])
         shown = ui.PreviewImage(sheet, cls=cls)
-        return io.NodeOutput(path.name, sheet, host.image(found.sheet[None]), ui=shown)
+        return io.NodeOutput(path.name, sheet, host.image(found.sheet[None]), model, size, ui=shown)
 
 
 def check_new(path, begun: bool, resume: bool) -> None:
