@@ -1,8 +1,9 @@
 """Files of tensors, read without executing anything, written as a whole or not at all.
 
-Our own are .safetensors with one JSON object under the metadata key "face_rig"; torch.save's files are read
-through torch_file. What cannot be read raises CheckpointError in one line: which file, what was expected,
-what was found, what to do. What the tensors are for is the business of checkpoints.
+Our own are .safetensors with one JSON object under the metadata key "face_rig", or as the bytes of a tensor
+of that name; torch.save's files are read through torch_file. What cannot be read raises CheckpointError in
+one line: which file, what was expected, what was found, what to do. What the tensors are for is the business
+of checkpoints.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -168,6 +170,8 @@ def _read_safetensors(path: Path, size: int) -> tuple[dict[str, Tensor], dict]:
         with safe_open(path, "pt") as f:
             metadata = f.metadata() or {}
             tensors = {k: f.get_tensor(k) for k in f.keys()}
+            if META in tensors:  # of a writer that lets us add tensors alone
+                metadata[META] = _text(tensors.pop(META))
     except (SafetensorError, OSError, KeyError, ValueError, AttributeError) as e:
         raise CheckpointError(
             f"{path}: a damaged or cut .safetensors of {size} bytes ({one_line(e)}): download it again"
@@ -183,6 +187,13 @@ def _read_safetensors(path: Path, size: int) -> tuple[dict[str, Tensor], dict]:
     if not isinstance(meta, dict):
         raise CheckpointError(f"{path}: its '{META}' metadata is no JSON object: download it again")
     return tensors, meta
+
+
+def _text(x: Tensor) -> str:
+    """The text whose bytes x holds. Raises ValueError."""
+    if x.dtype != torch.uint8 or x.ndim != 1 or len(x) > HEADER:
+        raise ValueError(f"'{META}' is {list(x.shape)} of {x.dtype}, not the bytes of a text")
+    return bytes(x.tolist()).decode()
 
 
 def is_pickle(start: bytes) -> bool:

@@ -5,12 +5,8 @@ Run it with the Python of that ComfyUI. Nothing is written outside a temporary f
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
-import shutil
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,97 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
-COMFYUI = os.environ.get("COMFYUI_PATH")
-ROOT = Path(__file__).resolve().parents[1]
-pytestmark = [
-    pytest.mark.host,
-    pytest.mark.slow,
-    pytest.mark.skipif(not COMFYUI, reason="set COMFYUI_PATH to a ComfyUI folder to test in the real host"),
-]
-SIZE = 64
+from tests.host_comfy import *  # noqa: F403 the fixture host
+from tests.host_comfy import ROOT, SIZE, load_graph, marks, of_type
 
-
-class Comfy:
-    """ComfyUI's modules, its node table with ours in it, and a way to run a graph."""
-
-    def __init__(self, base: Path):
-        for name in ("custom_nodes", "models/face_rig", "input", "output", "temp", "user"):
-            (base / name).mkdir(parents=True)
-        self.base = base
-        sys.path.insert(0, COMFYUI)
-        from comfy.cli_args import args
-
-        args.cpu = not torch.cuda.is_available()
-        args.base_directory, args.disable_api_nodes = str(base), True
-        import utils.extra_config  # noqa: F401  before nodes, which puts comfy/ on the path
-
-        import execution  # isort: skip
-        import nodes  # isort: skip
-        import server  # isort: skip
-
-        self.execution, self.nodes = execution, nodes
-        self.loop = asyncio.new_event_loop()
-        self.server = server.PromptServer(self.loop)
-        self.sent = []
-        self.server.send_sync = lambda event, data, sid=None: self.sent.append((event, data))
-        asyncio.set_event_loop(self.loop)
-        start = time.process_time()
-        assert self.loop.run_until_complete(nodes.load_custom_node(str(ROOT)))
-        self.seconds = time.process_time() - start
-        extras = Path(COMFYUI) / "comfy_extras"
-        for file in ("nodes_chroma_radiance.py", "nodes_custom_sampler.py", "nodes_images.py"):
-            assert self.loop.run_until_complete(nodes.load_custom_node(str(extras / file)))
-        self.pack = sys.modules[str(ROOT).replace(".", "_x_")]
-        self.core = sys.modules[self.pack.__name__ + ".rig_core"]
-        self.executor = execution.PromptExecutor(self.server)
-
-    def run(self, prompt: dict) -> tuple[bool, list, dict]:
-        """Validate and execute an API graph: success, the executor's messages, ui outputs by node id."""
-        valid, error, outputs, node_errors = self.loop.run_until_complete(
-            self.execution.validate_prompt("test", prompt, None)
-        )
-        assert valid, (error, node_errors)
-        self.loop.run_until_complete(self.executor.execute_async(prompt, "test", {}, outputs))
-        messages = self.executor.status_messages
-        return self.executor.success, messages, self.executor.history_result["outputs"]
-
-    def node(self, name: str, **inputs):
-        """Run one of our nodes by itself."""
-        with torch.inference_mode():
-            return self.nodes.NODE_CLASS_MAPPINGS["FaceRig_" + name].EXECUTE_NORMALIZED(**inputs).result
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    host = Comfy(tmp_path_factory.mktemp("comfy"))
-    for photo in ("astronaut.jpg", "grace_hopper.jpg"):
-        shutil.copy(ROOT / "rig_core" / "assets" / photo, host.base / "input")
-    rig = host.core.denoisers.rig
-    torch.manual_seed(0)
-    net = rig.DiffusionRig(rig.RigConfig(SIZE, 32, (1, 1, 2), 1, (16,), latent_dim=16, encoder_width=8))
-    torch.nn.init.normal_(net.denoisingUNet.out[2].weight, std=0.02)
-    host.core.checkpoints.save_denoiser(host.base / "models" / "face_rig" / "tiny.safetensors", net)
-    r = host.core.denoisers.relight
-    sizes = {"num_heads": 1, "norm_groups": 8, "cond_dim": 241, "proj_dim": 16}
-    net = r.start_open(r.DiFaReli(r.RelightConfig(SIZE, 32, (1, 1, 2), 1, (16,), **sizes)))
-    torch.nn.init.normal_(net.ImgCond.out[2].weight, std=0.02)
-    for block in net.ImgCond.res_blocks:  # these start at 0, and the vector would not show
-        torch.nn.init.normal_(block.out_layers[3].weight, std=0.1)
-    host.core.checkpoints.save_denoiser(host.base / "models" / "face_rig" / "relight.safetensors", net)
-    return host
-
-
-def load_graph(name: str) -> dict:
-    return json.loads((ROOT / "tests" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+pytestmark = marks
 
 
 @pytest.fixture
 def graph() -> dict:
-    return load_graph("relight_default")
-
-
-def of_type(graph: dict, class_type: str) -> dict:
-    return next(n for n in graph.values() if n["class_type"] == class_type)
+    return load_graph("relight_with_diffusionrig")
 
 
 def test_the_pack_loads_quickly_and_every_node_shows(host):
@@ -187,9 +101,10 @@ def test_errors_reach_the_user_with_the_node_and_the_input(host, graph):
     assert data["node_type"] == "FaceRig_AlignFace" and "no face found" in data["exception_message"]
     graph["1"]["inputs"]["image"] = "astronaut.jpg"
     of_type(graph, "FaceRig_LoadDiffusionRig")["inputs"]["file"] = "gone.safetensors"
-    ok, messages, _ = host.run(graph)
-    assert not ok and messages[-1][1]["node_type"] == "FaceRig_LoadDiffusionRig"
-    assert "gone.safetensors" in messages[-1][1]["exception_message"]
+    checked = host.execution.validate_prompt("test", graph, None)
+    *_, node_errors = host.loop.run_until_complete(checked)
+    ((_, said),) = node_errors.items()
+    assert said["class_type"] == "FaceRig_LoadDiffusionRig" and "gone.safetensors" in str(said["errors"])
 
 
 def test_the_hosts_euler_on_our_model_is_our_ddim(host):
@@ -240,8 +155,7 @@ def test_the_hosts_euler_on_difareli_is_our_ddim(host):
     assert_euler_is_ddim(host, model, net, noise, net.condition(spatial, vector), conditioning)
 
 
-DIFARELI = ["difareli_relight", "difareli_copy_light", "difareli_shadow_strength", "difareli_light_orbit"]
-HAVE_DEFAULT = (ROOT / "rig_core" / "assets" / "difareli_128.safetensors").is_file()
+DIFARELI = ["relight_a_portrait", "copy_the_light_of_a_photo", "shadow_strength", "light_orbit_to_frames"]
 
 
 def with_difareli(graph: dict, file: str) -> dict:
@@ -252,14 +166,16 @@ def with_difareli(graph: dict, file: str) -> dict:
     return graph
 
 
-@pytest.mark.parametrize("file", ["relight.safetensors"] + ["default (in the pack)"] * HAVE_DEFAULT)
-@pytest.mark.parametrize("name", DIFARELI)
+@pytest.mark.parametrize(
+    "name, file",
+    [(name, "relight.safetensors") for name in DIFARELI] + [("relight_a_portrait", "default (in the pack)")],
+)
 def test_difareli_workflows_run_to_saved_images(host, name, file):
     graph = with_difareli(load_graph(name), file)
     ok, messages, outputs = host.run(graph)
     assert ok, messages[-1]
     saved = next(o["images"] for k, o in outputs.items() if graph[k]["class_type"] == "SaveImage")
-    want = {"difareli_shadow_strength": 5, "difareli_light_orbit": 16}
+    want = {"shadow_strength": 5, "light_orbit_to_frames": 16}
     assert len(saved) == want.get(name, 1)
     photo = np.asarray(Image.open(ROOT / "rig_core" / "assets" / "astronaut.jpg").convert("RGB"), float)
     results = [
@@ -275,7 +191,7 @@ def test_difareli_workflows_run_to_saved_images(host, name, file):
 
 
 def test_without_an_edit_the_photo_comes_back_bit_for_bit(host):
-    graph = with_difareli(load_graph("difareli_relight"), "relight.safetensors")
+    graph = with_difareli(load_graph("relight_a_portrait"), "relight.safetensors")
     for node in graph.values():
         if node["class_type"] == "FaceRig_DiFaReliCondition":
             node["inputs"].pop("light", None)
@@ -288,7 +204,7 @@ def test_without_an_edit_the_photo_comes_back_bit_for_bit(host):
 
 
 def test_only_the_light_changes_only_the_relight_runs(host):
-    graph = with_difareli(load_graph("difareli_relight"), "relight.safetensors")
+    graph = with_difareli(load_graph("relight_a_portrait"), "relight.safetensors")
     kinds = {k: n["class_type"].removeprefix("FaceRig_") for k, n in graph.items()}
     ok, messages, _ = host.run(graph)
     assert ok, messages[-1]
@@ -304,7 +220,7 @@ def test_stop_within_a_step_of_the_inversion(host):
     import comfy.model_management
     import comfy.utils
 
-    graph = with_difareli(load_graph("difareli_relight"), "relight.safetensors")
+    graph = with_difareli(load_graph("relight_a_portrait"), "relight.safetensors")
     of_type(graph, "FaceRig_DDIMInvert")["inputs"]["preset"] = "official 1000"
     steps = []
 
@@ -324,11 +240,11 @@ def test_stop_within_a_step_of_the_inversion(host):
 
 
 def test_difarelis_errors_name_the_node_and_what_to_do(host):
-    graph = with_difareli(load_graph("difareli_relight"), "tiny.safetensors")
+    graph = with_difareli(load_graph("relight_a_portrait"), "tiny.safetensors")
     ok, messages, _ = host.run(graph)
     assert not ok and messages[-1][1]["node_type"] == "FaceRig_LoadDiFaReli"
     assert "expected a DiFaReli denoiser" in messages[-1][1]["exception_message"]
-    graph = with_difareli(load_graph("difareli_relight"), "relight.safetensors")
+    graph = with_difareli(load_graph("relight_a_portrait"), "relight.safetensors")
     of_type(graph, "FaceRig_ConditionedSample")["inputs"]["preset"] = "balanced (quad33 ab2)"
     ok, messages, _ = host.run(graph)
     assert not ok and messages[-1][1]["node_type"] == "FaceRig_ConditionedSample"
@@ -401,7 +317,7 @@ def album(host) -> Path:
 
 
 def training_graph(**inputs) -> dict:
-    graph = load_graph("personal_train")
+    graph = load_graph("train_and_use_a_personal_model")
     node = of_type(graph, "FaceRig_TrainPersonalModel")
     node["inputs"] |= {"base": "tiny.safetensors", "steps": 3, "batch": 2} | inputs
     return graph

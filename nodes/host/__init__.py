@@ -4,6 +4,18 @@ ComfyUI's pictures are B,H,W,C float 0..1 on the CPU; ours are B,C,H,W. Its node
 mode; networks are built and fits are made outside of it, see `gradients`.
 """
 
+from . import floor
+from .denoisers import (
+    KINDS,
+    batches,
+    clipped,
+    denoiser,
+    empty_latent,
+    loaded,
+    model,
+    picture_size,
+    sigmas,
+)
 from .folders import (
     DEFAULT,
     NO_ALBUM,
@@ -11,27 +23,34 @@ from .folders import (
     album_fingerprint,
     album_names,
     album_path,
+    fetch_entry,
+    fetch_model,
+    meant,
+    missing_model,
     model_fingerprint,
     model_folders,
     model_names,
     model_path,
     models_fingerprint,
     new_model_path,
+    offered_names,
     run_path,
 )
-from .images import chunks, few, image, mask, mask_pictures, pictures, repeat, slices
-from .networks import (
-    KINDS,
-    batches,
-    deca,
-    denoiser,
-    estimator,
-    face_model,
-    loaded,
-    loaded_estimator,
-    model,
-    picture_size,
+from .images import (
+    check_pictures,
+    chunks,
+    data_url,
+    few,
+    image,
+    joined,
+    mask,
+    mask_pictures,
+    pictures,
+    radiance,
+    repeat,
+    slices,
 )
+from .networks import deca, estimator, face_finder, face_model, loaded_estimator
 from .running import (
     Progress,
     device,
@@ -45,3 +64,6 @@ from .running import (
     stop_pressed,
     warn,
 )
+from .temporary import temporary
+from .texts import check_prefix, read_text, save_text, text_fingerprint, text_names
+from .video import Film, write_video

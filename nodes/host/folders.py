@@ -8,7 +8,8 @@ from pathlib import Path
 
 import folder_paths
 
-from ...rig_core import album
+from ...rig_core import album, download
+from . import running
 
 FOLDER = "face_rig"
 EXTENSIONS = {".safetensors", ".pt", ".pth", ".tar", ".ckpt", ".pkl"}
@@ -28,17 +29,62 @@ def model_names(first: str = DEFAULT) -> list[str]:
     return [first, *(n for n in folder_paths.get_filename_list(FOLDER) if n != first)]
 
 
-def model_path(name: str, instead: str = f"choose '{DEFAULT}'") -> str | None:
-    """The file of a dropdown's entry, None for the pack's own. Raises FileNotFoundError."""
+def offered_names(name: str) -> list[str]:
+    """`model_names` of a file in download.OFFERED; while it is not there, with an entry that fetches it."""
+    names = model_names(name)
+    return names if _there(name) else [name, fetch_entry(name), *names[1:]]
+
+
+def fetch_entry(name: str) -> str:
+    """The dropdown's entry that fetches a file of download.OFFERED."""
+    offer = download.OFFERED[name]
+    return f"download {name} ({offer.size / 1e6:.0f} MB, {offer.licence})"
+
+
+def meant(choice: str) -> str:
+    """The file of a dropdown's entry: of `fetch_entry` the file to fetch, else the entry itself."""
+    return next((name for name in download.OFFERED if choice == fetch_entry(name)), choice)
+
+
+def fetch_model(name: str) -> None:
+    """Fetch a file of download.OFFERED into models/face_rig unless it is there, with the host's bar.
+
+    Raises download.DownloadError, or the host's exception when the user pressed stop: next time it goes on.
+    """
+    if _there(name):
+        return
+    offer, path = download.OFFERED[name], Path(folder_paths.get_folder_paths(FOLDER)[0]) / name
+    show = running.Progress(offer.size).bar.update_absolute
+    if not download.fetch(offer.url, path, offer.sha256, offer.size, show, running.stop_pressed, offer.page):
+        running.end_prompt()
+
+
+def _there(name: str) -> bool:
+    return folder_paths.get_full_path(FOLDER, name) is not None
+
+
+def model_path(name: str, instead: str = f"choose '{DEFAULT}'", widget: str = "file") -> str | None:
+    """The file of a dropdown's entry, None for the pack's own. Raises FileNotFoundError, for that widget."""
     if name == DEFAULT:
         return None
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None:
+        folder = folder_paths.get_folder_paths(FOLDER)[0]
         raise FileNotFoundError(
-            f"there is no '{name}' in models/{FOLDER} (or it has another ending than "
-            f"{', '.join(sorted(EXTENSIONS))}): put it there and press R, or {instead}"
+            f"'{widget}': there is no '{name}' in models/{FOLDER} ({folder}): put it there and press R, or "
+            f"{instead}"
         )
     return path
+
+
+def missing_model(name: str | None, *args: str) -> str | bool:
+    """For validate_inputs: True, or why `model_path` would refuse; None is a name that a node will give."""
+    try:
+        if name is not None:
+            model_path(name, *args)
+    except FileNotFoundError as e:
+        return str(e)
+    return True
 
 
 def model_fingerprint(name: str, beside=lambda folder: ()) -> str:

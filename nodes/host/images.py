@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
+
 import comfy.model_management as mm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from ...rig_core import align
@@ -17,12 +21,44 @@ def pictures(image: Tensor, name: str, least: int = 32, most: int | None = None)
     Grey becomes RGB, alpha is dropped. `name` is the input's, for the errors: ValueError for an empty
     batch, NaN, other channels, a side under `least` or over `most` pixels.
     """
+    x = _checked(image, slice(None), name)
+    _check_sides(x, name, least, most)
+    return x.contiguous()
+
+
+def check_pictures(
+    image: Tensor, name: str, least: int = 32, most: int | None = None
+) -> tuple[int, int, int]:
+    """Raise what `pictures` would for IMAGE [B,H,W,C], looking at some at a time; returns B, H, W.
+
+    After it `pictures(image[part], name)` takes parts of a batch that is never copied as a whole.
+    """
+    x = _checked(image, slice(0, 1), name)
+    _check_sides(x, name, least, most)
+    n, (height, width) = len(image), x.shape[2:]
+    for part in chunks(n, height, width):
+        _checked(image, part, name)
+    return n, height, width
+
+
+def _checked(image: Tensor, part: slice, name: str) -> Tensor:
+    """A part of IMAGE as RGB [b,3,H,W] on the working device, or a ValueError that says what is wrong."""
     if not isinstance(image, Tensor) or image.ndim != 4:
         raise ValueError(f"'{name}' is not an IMAGE (batch, height, width, channels)")
+    x = image[part].movedim(-1, 1).to(device())
+    fine = torch.isfinite(x).flatten(1).all(1)
+    if not fine.all():
+        i = (part.start or 0) + int((~fine).nonzero()[0])
+        raise ValueError(
+            f"'{name}': picture {i} of the batch holds NaN or infinite values: check what made it"
+        )
     try:
-        x = align.check_image(image.movedim(-1, 1).to(device()))
+        return align.check_image(x)
     except ValueError as e:
         raise ValueError(f"'{name}': {e}") from e
+
+
+def _check_sides(x: Tensor, name: str, least: int, most: int | None) -> None:
     height, width = x.shape[2:]
     if min(height, width) < least:
         raise ValueError(f"'{name}' is {width} x {height} pixels: too small, {least} x {least} is the least")
@@ -30,7 +66,22 @@ def pictures(image: Tensor, name: str, least: int = 32, most: int | None = None)
         raise ValueError(
             f"'{name}' is {width} x {height} pixels, {most} is the most here: put Align Face before it"
         )
-    return x.contiguous()
+
+
+def radiance(image: Tensor, name: str) -> Tensor:
+    """IMAGE [B,H,W,C] -> RGB [B,3,H,W] float32 on the working device, of any brightness: linear light.
+
+    Values below 0, which a resize leaves around a lamp, become 0. Raises ValueError for an empty batch, other
+    channels and NaN.
+    """
+    if not isinstance(image, Tensor) or image.ndim != 4 or 0 in image.shape:
+        raise ValueError(f"'{name}' is not an IMAGE (batch, height, width, channels)")
+    if image.shape[-1] not in (1, 3, 4):
+        raise ValueError(f"'{name}' has {image.shape[-1]} channels, a picture has 1, 3 or 4")
+    x = image[..., :3].movedim(-1, 1).to(device(), torch.float32)
+    if not torch.isfinite(x).all():
+        raise ValueError(f"'{name}' holds NaN or infinite values: look at the node that made it")
+    return x.clamp_min(0).expand(-1, 3, -1, -1).contiguous()
 
 
 def mask_pictures(mask: Tensor, name: str, size: int | None = None) -> Tensor:
@@ -79,6 +130,24 @@ def few(x: Tensor, n: int = 4) -> Tensor:
 def mask(x: Tensor) -> Tensor:
     """[B,1,H,W] -> MASK."""
     return x[:, 0].clamp(0, 1).to(mm.intermediate_device(), torch.float32).contiguous()
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """torch.cat of a list that is emptied on the way, so that a long batch does not exist twice."""
+    out, done = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:]), 0
+    while parts:
+        x = parts.pop(0)
+        out[done : done + len(x)] = x
+        done += len(x)
+    return out
+
+
+def data_url(x: Tensor) -> str:
+    """[3,H,W] 0..1 -> a PNG as text, for small pictures that a page works with."""
+    file = io.BytesIO()
+    pixels = (x.clamp(0, 1) * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def chunks(n: int, height: int, width: int) -> list[slice]:

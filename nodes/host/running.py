@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 
 import comfy.model_management as mm
@@ -31,10 +32,13 @@ def result(x):
 
 
 def head(face_model):
-    """The head of a FACE_MODEL, or a bare one, on the working device, out of inference mode for fits."""
+    """The head of a FACE_MODEL, or a bare one, on the working device, out of inference mode for fits.
+
+    On a GPU it is a copy that goes with its user: the host keeps the FACE_MODEL, and would not clear it away.
+    """
     bare = face_model.head if isinstance(face_model, FaceModel) else face_model
     with torch.inference_mode(False):
-        return bare.to(device())
+        return bare if device() == torch.device("cpu") else copy.deepcopy(bare).to(device())
 
 
 @contextlib.contextmanager

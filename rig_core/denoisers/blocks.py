@@ -32,6 +32,16 @@ def timestep_embedding(t: Tensor, width: int, max_period: float = 10000.0) -> Te
     return F.pad(torch.cat([angle.cos(), angle.sin()], 1), (0, width % 2))
 
 
+def weights(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a layer for its input x: all that reads them without calling the layer comes here.
+
+    A host that keeps them on another device or in another type gives its layers a `weights_for(x)`, which
+    brings them to where x is and into its type.
+    """
+    lent = getattr(layer, "weights_for", None)
+    return (layer.weight, layer.bias) if lent is None else lent(x)
+
+
 def group_norm(h: Tensor, norm: nn.GroupNorm, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """GroupNorm of h [B,C,H,W] with the given weight and bias [C] (None: 1 and 0), in h's type.
 
@@ -52,7 +62,7 @@ def norm_silu(
     h [B,C,H,W]; scale and shift [B,C] or [1,C] replace the norm's weight and bias (see `fold`).
     """
     if scale is None:
-        h = group_norm(h, norm, norm.weight, norm.bias)
+        h = group_norm(h, norm, *weights(norm, h))
     elif len(scale) == 1:  # one kernel: the modulation is the norm's weight
         h = group_norm(h, norm, scale[0], shift[0])
     else:
@@ -80,7 +90,7 @@ def strided_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     only meet padding uninitialised (PyTorch 2.13 on a CPU), so that training meets NaN now and then.
     """
     stride = 1 if x.shape[2:] == (1, 1) else conv.stride
-    return F.conv2d(x, conv.weight, conv.bias, stride, conv.padding)
+    return F.conv2d(x, *weights(conv, x), stride, conv.padding)
 
 
 class Upsample(nn.Module):
@@ -105,8 +115,9 @@ def upsampled_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """
     if x.device.type != "cpu" or x.shape[0] * x.shape[2] * x.shape[3] < 1024:
         return conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-    taps = F.avg_pool2d(conv.weight.flip(2, 3), 2, stride=1, padding=1, divisor_override=1)
-    return F.conv_transpose2d(x, taps.transpose(0, 1), conv.bias, stride=2, padding=1)
+    weight, bias = weights(conv, x)
+    taps = F.avg_pool2d(weight.flip(2, 3), 2, stride=1, padding=1, divisor_override=1)
+    return F.conv_transpose2d(x, taps.transpose(0, 1), bias, stride=2, padding=1)
 
 
 def _zero(layer: nn.Module) -> nn.Module:
@@ -186,12 +197,14 @@ class AttentionBlock(nn.Module):
         self.proj_out = _zero(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = group_norm(x, self.norm, self.norm.weight, self.norm.bias).flatten(2).transpose(1, 2)
-        qkv = F.linear(tokens, self.qkv.weight[..., 0], self.qkv.bias)
+        tokens = group_norm(x, self.norm, *weights(self.norm, x)).flatten(2).transpose(1, 2)
+        weight, bias = weights(self.qkv, x)
+        qkv = F.linear(tokens, weight[..., 0], bias)
         # the published order keeps q, k and v of one head together
         q, k, v = qkv.unflatten(2, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        h = F.linear(h, self.proj_out.weight[..., 0], self.proj_out.bias)
+        weight, bias = weights(self.proj_out, x)
+        h = F.linear(h, weight[..., 0], bias)
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
@@ -201,7 +214,7 @@ def project(layers: Sequence[nn.Sequential], e: Tensor) -> tuple[Tensor, Tensor]
     e [M,D] is the input of every layer; SiLU is taken once. Returns two [M, sum of C] in float32.
     """
     e = F.silu(e)
-    both = torch.cat([F.linear(e, s[1].weight, s[1].bias).unflatten(1, (2, -1)) for s in layers], 2)
+    both = torch.cat([s[1](e).unflatten(1, (2, -1)) for s in layers], 2)
     return both.float().unbind(1)
 
 
@@ -214,8 +227,8 @@ def fold(
     T and M are the batch or 1. Float32 throughout, whatever the network runs in.
     """
     s_t, b_t = project([b.emb_layers for b in blocks], time)
-    norms = [b.out_layers[0] for b in blocks]
-    w, b = torch.cat([n.weight for n in norms]).float(), torch.cat([n.bias for n in norms]).float()
+    norms = [weights(b.out_layers[0], s_t) for b in blocks]
+    w, b = (torch.cat(v).float() for v in zip(*norms, strict=True))
     scale = torch.addcmul(gain, s_t, gain)
     shift = torch.addcmul(scale * b, b_t, gain)
     if offset is not None:

@@ -122,7 +122,10 @@ class DiFaReli(nn.Module):
 
     Half precision: `model.to(torch.bfloat16)` (or float16 on a GPU), or autocast. Statistics of the
     norms and the gates stay float32; x_t may stay float32 or float64, and eps comes back in its type.
+    compute_dtype: for a host whose layers hold their weights in another type (see `blocks.weights`).
     """
+
+    compute_dtype: torch.dtype | None = None
 
     def __init__(self, config: RelightConfig):
         super().__init__()
@@ -132,7 +135,7 @@ class DiFaReli(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.ImgCond.out[2].weight.dtype
+        return self.compute_dtype or self.ImgCond.out[2].weight.dtype
 
     def condition(self, spatial: Tensor, vector: Tensor) -> RelightCondition:
         """What `forward` needs of a photo under a light, once for all its steps.

@@ -73,7 +73,7 @@ class ResNet18(nn.Module):
             setattr(self, f"layer{i + 1}", nn.Sequential(_BasicBlock(c // 2, c, 2), _BasicBlock(c, c)))
         self.fc = nn.Linear(8 * width, out)
         for m in self.modules():
-            if isinstance(m, nn.Conv2d):
+            if isinstance(m, nn.Conv2d) and not m.weight.is_meta:  # there it would load torch's compiler
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -158,7 +158,10 @@ class DiffusionRig(nn.Module):
 
     Half precision: `model.to(torch.bfloat16)` (or float16 on a GPU), or autocast. Statistics of the
     norms and the modulation stay float32; x_t may stay float32, and eps comes back in x_t's type.
+    compute_dtype: for a host whose layers hold their weights in another type (see `blocks.weights`).
     """
+
+    compute_dtype: torch.dtype | None = None
 
     def __init__(self, config: RigConfig):
         super().__init__()
@@ -168,7 +171,7 @@ class DiffusionRig(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.encoder.fc.weight.dtype
+        return self.compute_dtype or self.encoder.fc.weight.dtype
 
     def encode(self, image: Tensor) -> Tensor:
         """[B,3,H,W] in -1..1, the whole photo at the denoiser's size -> code [B,latent_dim]."""

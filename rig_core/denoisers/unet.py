@@ -211,7 +211,7 @@ class UNet(Encoder):
         block's input and output.
         """
         e = timestep_embedding(shared(t), self.time_embed[0].in_features)
-        e = self.time_embed(e.to(self.time_embed[0].weight.dtype))
+        e = self.time_embed(e.to(x.dtype))
         modulation = iter(fold(self.res_blocks, e, gain, offset))
         factors = iter(latents or [None] * (len(self.input_blocks) + 1))
 

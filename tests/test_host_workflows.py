@@ -1,0 +1,181 @@
+"""Every workflow in the real ComfyUI, through the API.
+
+With FACE_RIG_THUMBNAILS set they run with the models of the pack and draw their pictures, workflows/*.jpg.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from tests import draw_workflows, official_files
+from tests.host_comfy import *  # noqa: F403 the fixtures
+from tests.host_comfy import ROOT, load_graph, marks, of_type
+from tests.official_files import official  # noqa: F401 fixture
+from tests.test_shadow import encoder, published  # noqa: F401 fixtures
+
+pytestmark = marks
+DRAWS = "FACE_RIG_THUMBNAILS" in os.environ
+NAMES = [make.__name__ for make in draw_workflows.WORKFLOWS]
+OFFICIAL = ["official_diffusionrig", "official_difareli"]
+ASSETS = ROOT / "rig_core" / "assets"
+SIZE = 512  # of a thumbnail
+
+
+@pytest.fixture(scope="module")
+def inputs(host) -> dict[str, Image.Image]:
+    """What the workflows ask for in input/: photos, a group, an album, a video."""
+    from training import synth
+
+    folder = host.base / "input"
+    made = {n: Image.open(ASSETS / n).convert("RGB") for n in ("astronaut.jpg", "grace_hopper.jpg")}
+    pair = [ImageOps.fit(p, (400, 480), Image.LANCZOS, centering=(0.5, 0)) for p in made.values()]
+    group = Image.new("RGB", (800, 480))
+    for i, picture in enumerate(pair):
+        group.paste(picture, (400 * i, 0))
+    group.save(folder / "group.jpg", quality=95)
+    made["group.jpg"] = group
+    (folder / "album").mkdir(exist_ok=True)
+    for i, x in enumerate(synth.render([7000000, 7000001, 7000005], 160, person=[900100] * 3).image):
+        Image.fromarray((x * 255).round().byte().permute(1, 2, 0).numpy()).save(folder / "album" / f"{i}.png")
+    write_video(folder / "video.mp4", made["astronaut.jpg"].resize((300, 300)))
+    return made
+
+
+def write_video(path, picture: Image.Image, frames: int = 6) -> None:
+    """The picture, moving a little."""
+    import av
+
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=12)
+        stream.width, stream.height, stream.pix_fmt = *picture.size, "yuv420p"
+        for i in range(frames):
+            moved = ImageOps.expand(picture, 8).crop((8 - i, 8, 8 - i + picture.width, 8 + picture.height))
+            out.mux(stream.encode(av.VideoFrame.from_image(moved)))
+        out.mux(stream.encode())
+
+
+@pytest.fixture(scope="module")
+def files(host, official, published):  # noqa: F811
+    """Stand-ins of the published files under the names that the workflows have."""
+    folder = host.base / "models" / "face_rig"
+    for path in (*official.iterdir(), *published.iterdir()):
+        shutil.copy(path, folder / path.name)
+    for name, path in (
+        ("model_stage1.pt", official_files.write_diffusion_rig(folder)),
+        ("ImgCond_model.pt", official_files.write_difareli(folder)),
+    ):
+        path.rename(folder / name)
+    next(folder.glob("ImgEncoder_*.pt")).rename(folder / "ImgEncoder_model.pt")
+    official_files.write_arcface(folder)
+    official_files.write_parser(folder)
+
+
+def quick(graph: dict) -> dict:
+    """With small random models and few steps, unless pictures are wanted."""
+    for node in graph.values():
+        kind, values = node["class_type"].removeprefix("FaceRig_"), node["inputs"]
+        default = values.get("file") == "default (in the pack)"
+        if kind == "LoadDiffusionRig" and default:
+            values["file"] = "tiny.safetensors"
+        elif kind == "LoadDiFaReli" and default:
+            values["file"] = "relight.safetensors"
+        elif kind in ("DDIMInvert", "RelightVideo") and values.get("preset") != "custom":
+            values["preset"] = "fast (20+20)"
+        elif kind == "TrainPersonalModel":
+            values |= {"base": "tiny.safetensors", "steps": 3, "batch": 2}
+        for name in (
+            ("steps",) if kind in ("ConditionedSample", "DDIMInvert", "KSampler", "GuidedSigmas") else ()
+        ):
+            values[name] = min(values.get(name, 4), 4)
+        if kind == "LightOrbit":
+            values["frames"] = 3
+    return graph
+
+
+def pictures(host, graph: dict, outputs: dict) -> list[Image.Image]:
+    """What Save Image has written, in the order of the nodes."""
+    return [
+        Image.open(host.base / "output" / s["subfolder"] / s["filename"]).convert("RGB")
+        for key in sorted(outputs, key=int)
+        if graph[key]["class_type"] == "SaveImage"
+        for s in outputs[key]["images"]
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_workflow_runs(host, inputs, files, name):
+    graph = load_graph(name)
+    if not DRAWS or name in OFFICIAL:
+        graph = quick(graph)
+    ok, messages, outputs = host.run(graph)
+    assert ok, messages[-1]
+    made = pictures(host, graph, outputs)
+    films = [
+        host.base / "output" / s["subfolder"] / s["filename"]
+        for key, o in outputs.items()
+        if graph[key]["class_type"] == "SaveVideo"
+        for s in o["images"]
+    ]
+    assert made or films
+    assert all(f.stat().st_size > 1000 for f in films)
+    source = of_type(graph, "LoadImage")["inputs"]["image"] if name != "relight_a_video" else None
+    for picture in made:
+        x = np.asarray(picture, float)
+        assert np.isfinite(x).all() and x.std() > 3
+        if source and picture.size == inputs[source].size:
+            same = (x == np.asarray(Image.open(host.base / "input" / source).convert("RGB"), float)).all(2)
+            assert 0.3 < same.mean() < 1, name  # the edit shows, and only near a head
+    if DRAWS and name not in OFFICIAL:
+        draw(name, inputs, made, films)
+
+
+def draw(name, inputs, made, films) -> None:
+    """workflows/NAME.jpg: what goes in and what comes out."""
+    before = [inputs["group.jpg" if "group" in name else "astronaut.jpg"]]
+    if films and not made:
+        made = frames(films[0])
+    if name == "train_and_use_a_personal_model":
+        shown = made[:2] + before + made[2:]
+    elif name == "copy_the_light_of_a_photo":
+        shown = [*before, inputs["grace_hopper.jpg"], *made]
+    elif name == "personal_appearance_mixing":
+        shown = [*before, inputs["grace_hopper.jpg"], *made]
+    elif len(made) > 4:
+        shown = [made[round(i * (len(made) - 1) / 3)] for i in range(4)]
+    else:
+        shown = before + made
+    sheet(shown, rows=name == "several_faces_in_a_group_photo").save(
+        ROOT / "workflows" / f"{name}.jpg", quality=88
+    )
+
+
+def frames(path) -> list[Image.Image]:
+    import av
+
+    with av.open(str(path)) as film:
+        return [f.to_image() for f in film.decode(video=0)]
+
+
+def sheet(shown: list[Image.Image], rows: bool) -> Image.Image:
+    """Two to four pictures on a square: side by side, below each other, or two by two."""
+    columns = 1 if rows else 2
+    lines = -(-len(shown) // columns)
+    out = Image.new("RGB", (SIZE, SIZE), (24, 24, 26))
+    w, h = SIZE // columns, SIZE // lines
+    for i, picture in enumerate(shown):
+        wide = i == len(shown) - 1 and len(shown) % columns
+        box = (SIZE if wide else w, h)
+        fit = (
+            ImageOps.fit(picture, box, Image.LANCZOS, centering=(0.5, 0.3))
+            if picture.width < 2 * picture.height
+            else ImageOps.contain(picture, box)
+        )
+        out.paste(
+            fit, (i % columns * w + (box[0] - fit.width) // 2, i // columns * h + (box[1] - fit.height) // 2)
+        )
+    return out
