@@ -1,11 +1,13 @@
-"""From face code to pictures of it: Render Buffers."""
+"""From face code to pictures of it, and back from pictures: Render Buffers, Buffers From Images."""
 
 import torch
 from comfy_api.latest import io, ui
 
-from ..rig_core import buffers
+from ..rig_core import buffers, edits, sh
 from ..rig_core.face import Buffers
 from . import host, sockets
+
+AT_ONCE = 4  # exchanged buffers in work, of up to 1024 px and more
 
 
 class RenderBuffers(io.ComfyNode):
@@ -16,6 +18,7 @@ class RenderBuffers(io.ComfyNode):
             display_name="Render Buffers",
             category="Face Rig/buffers",
             description="Renders the head: lit, normals, albedo, shading. This is what steers the denoiser.",
+            **sockets.aliases("normal map", "g-buffer", "render face", "shading", "albedo", "head mask"),
             inputs=[
                 sockets.FaceModel.Input("face_model", tooltip="The one that the face was fitted with."),
                 sockets.FaceCode.Input("face_code", tooltip="From DECA Encode, Fit to Landmarks or an edit."),
@@ -60,6 +63,119 @@ class RenderBuffers(io.ComfyNode):
             made.append(host.result(buffers.render(head, face_code[part].to(host.device()), size or None)))
             progress.step(made[-1].rendered * 2 - 1)
         b = Buffers(*map(torch.cat, zip(*(vars(m).values() for m in made), strict=True)))
-        shown = [b.rendered, b.normal * 0.5 + 0.5, b.albedo, b.shading * b.mask * 0.5]
+        shown = pictures(b)
         rows = host.image(torch.cat([x[:4] for x in shown], 3))
         return io.NodeOutput(b, *map(host.image, shown), host.mask(b.mask), ui=ui.PreviewImage(rows, cls=cls))
+
+
+class BuffersFromImages(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FaceRig_BuffersFromImages",
+            display_name="Buffers From Images",
+            category="Face Rig/buffers",
+            description=(
+                "Puts pictures in the place of rendered buffers: an albedo with make-up or a tattoo, edited "
+                "normals, a render of your own."
+            ),
+            **sockets.aliases("swap buffers", "make-up", "tattoo", "edit albedo", "edit normals", "texture"),
+            inputs=[
+                io.Boolean.Input(
+                    "recompute",
+                    default=True,
+                    tooltip=(
+                        "On: rendered becomes albedo times shading, so that edited albedo or normals show. "
+                        "Off: all pictures are taken as they are."
+                    ),
+                ),
+                sockets.FaceBuffers.Input(
+                    "buffers",
+                    optional=True,
+                    tooltip=(
+                        "From Render Buffers: what is not connected below stays. Without it normal, albedo, "
+                        "mask and, with recompute off, rendered are needed."
+                    ),
+                ),
+                io.Image.Input("rendered", optional=True, tooltip="The lit face. Needs recompute off."),
+                io.Image.Input(
+                    "normal",
+                    optional=True,
+                    tooltip="As Render Buffers shows it: 0..1 for -1..1; red right, green up, blue to you.",
+                ),
+                io.Image.Input(
+                    "albedo", optional=True, tooltip="Skin colour without light, as on the screen."
+                ),
+                io.Image.Input(
+                    "shading",
+                    optional=True,
+                    tooltip="As Render Buffers shows it: mid grey (0.5) for 1, a fully lit white.",
+                ),
+                io.Mask.Input("mask", optional=True, tooltip="White where the head is."),
+                sockets.SHLight.Input(
+                    "light",
+                    optional=True,
+                    tooltip="For recompute: shading is this light on the normals. Edited normals need it.",
+                ),
+            ],
+            outputs=[
+                sockets.FaceBuffers.Output(display_name="buffers", tooltip="For DiffusionRig Condition."),
+                io.Image.Output(display_name="rendered", tooltip="The lit face as it is now."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        recompute,
+        buffers=None,
+        rendered=None,
+        normal=None,
+        albedo=None,
+        shading=None,
+        mask=None,
+        light=None,
+    ):
+        given = {
+            "buffers": buffers,
+            "rendered": rendered,
+            "normal": normal,
+            "albedo": albedo,
+            "shading": shading,
+            "mask": mask[None] if mask is not None and mask.ndim == 2 else mask,
+            "light": None if light is None else sh.check_light(light, "'light'"),
+        }
+        given = {name: x for name, x in given.items() if x is not None}
+        n = max(map(len, given.values()), default=1)
+        given = {name: host.repeat(x, n, name) for name, x in given.items()}
+        parts = host.slices(n, AT_ONCE)
+        progress, made = host.Progress(len(parts)), []
+        for part in parts:
+            some = {name: _read(name, x[part]) for name, x in given.items()}
+            base = some.pop("buffers", None)
+            made.append(host.result(edits.exchange(base, **some, recompute=recompute)))
+            progress.step(made[-1].rendered * 2 - 1)
+        b = Buffers(*map(torch.cat, zip(*(vars(m).values() for m in made), strict=True)))
+        rows = host.image(torch.cat([x[:4] for x in pictures(b)], 3))
+        return io.NodeOutput(b, host.image(b.rendered), ui=ui.PreviewImage(rows, cls=cls))
+
+
+def _read(name, x):
+    """An input of Buffers From Images in the values of Buffers, on the working device."""
+    if name in ("buffers", "light"):
+        return x.to(host.device())
+    if name == "mask":
+        return host.mask_pictures(x, name)
+    x = host.pictures(x, name)
+    return {"normal": x * 2 - 1, "shading": x * 2}.get(name, x)
+
+
+def pictures(b: Buffers) -> list:
+    """Rendered, normal, albedo and shading [B,3,H,W] as they are shown: 0..1, shading at half."""
+    return [b.rendered, b.normal * 0.5 + 0.5, b.albedo, b.shading * b.mask * 0.5]
+
+
+def preview(head, code, most=4, side=256):
+    """IMAGE of a few of the faces, rendered."""
+    some = code[host.few(torch.arange(len(code)), most)].to(host.device())
+    return host.image(buffers.render(head, some, side).rendered)

@@ -142,12 +142,38 @@ def edit(
     target = sh.encode_light(sh.from_direction(d, intensity, colour, softness, ambient))
     if raw or mean is None or std is None:
         return target
-    mean, std = _prior(light, mean, std)
     reference = sh.encode_light(sh.from_direction(d, 1.0, softness=softness, ambient=0.25))[:, :1]
+    return fit_to_prior(light, target, reference, mean, std, z_max)
+
+
+def fit_to_prior(light: Tensor, target: Tensor, reference: Tensor, mean, std, z_max: float = 2.5) -> Tensor:
+    """A physical light as the model that learned the prior knows it: [B,9,3].
+
+    light     [B,9,3] of the photo, sets level and colour
+    target    [B,9,3], the wanted light in display space
+    reference [B,1,1] or [B,1,3], the constant term of target at which the photo's level stays
+    mean, std [9,3] of the model's own lights
+    Convention: contrast and colour of the target's bands 1 and 2 over its constant are added to the prior's
+    mean, within z_max as in `aim`.
+    """
+    mean, std = _prior(light, mean, std)
     base = _base(light[:, :1] * target[:, :1] / reference, mean, std, z_max)
     grey = sh.luminance(target)[:, :1, None]
     contrast = target / grey * sh.luminance(base)[:, :1, None]
     return _bounded(base, torch.cat([torch.zeros_like(base[:, :1]), contrast[:, 1:]], 1), std, z_max, 0.03)
+
+
+def preset(light: Tensor, name: str, intensity=1.0, mirror=False, mean=None, std=None) -> Tensor:
+    """A light of PRESETS for photos' lights [B,9,3], see `edit`: [B,9,3]; physical without mean and std.
+
+    intensity: times the preset's own. mirror: left and right exchanged. Raises ValueError for another name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"there is no light '{name}', only {', '.join(PRESETS)}")
+    p = PRESETS[name]
+    azimuth = -p.azimuth if mirror else p.azimuth
+    lamp = p.intensity * intensity, p.ambient, p.colour, p.softness
+    return edit(light, azimuth, p.elevation, *lamp, mean=mean, std=std)
 
 
 def orbit(light: Tensor, n: int, start=-180.0, arc=360.0, elevation=15.0, **lamp) -> Tensor:
@@ -163,3 +189,12 @@ def orbit(light: Tensor, n: int, start=-180.0, arc=360.0, elevation=15.0, **lamp
     steps = n if abs(arc) == 360 else max(n - 1, 1)
     azimuth = start + arc * torch.arange(n, dtype=light.dtype, device=light.device) / steps
     return edit(light.expand(n, -1, -1), azimuth, elevation, **lamp)
+
+
+def ball(light: Tensor, size: int = 128) -> Tensor:
+    """A grey ball under lights [B,9,3] on black, [B,3,size,size]; not clipped."""
+    at = (torch.arange(size, device=light.device) * 2 + 1) / size - 1
+    y, x = torch.meshgrid(-at, at, indexing="ij")
+    z = (1 - x * x - y * y).clamp_min(0).sqrt()
+    normal = torch.stack([x, y, z])[None].expand(len(light), 3, size, size)
+    return sh.shade(normal, light) * (z > 0) * 0.5
