@@ -1,13 +1,20 @@
-"""From photo to face and back: Align Face, Fit to Landmarks, DECA Encode, Paste Back."""
+"""From photo to face: Align Face, Fit to Landmarks, DECA Encode."""
+
+import functools
 
 import torch
 from comfy_api.latest import io, ui
 
-from ..rig_core import align, buffers, conditions, pipeline
-from ..rig_core.estimators import deca, landmark_fit, locate
+from ..rig_core import align, buffers, conditions, overlay
+from ..rig_core.estimators import deca, given, landmark_fit, landmarks, locate
 from ..rig_core.face import cat
 from . import host, sockets
 
+SHOWN = 32  # pictures of an overlay: a long film does not exist twice
+LANDMARKS = (
+    "68 a face (iBUG), in pixels of the {0}, or the result of the host's face mesh of 478 points. Without "
+    "them they are found."
+)
 FACE_CHOICE = [
     io.Combo.Input(
         "order",
@@ -21,10 +28,11 @@ CODE_INPUTS = [
     sockets.FaceModel.Input("face_model", tooltip="From Load Face Model."),
     io.Image.Input("image", tooltip="Aligned faces (Align Face), up to 2048 pixels a side."),
     *FACE_CHOICE,
-    sockets.FaceLandmarks.Input(
+    io.MultiType.Input(
         "landmarks",
+        sockets.LANDMARKS,
         optional=True,
-        tooltip="Landmarks in pixels of the image, from Align Face. Without them they are found.",
+        tooltip="From Align Face. " + LANDMARKS.format("image"),
     ),
 ]
 CODE_OUTPUTS = [
@@ -32,7 +40,6 @@ CODE_OUTPUTS = [
     sockets.SHLight.Output(display_name="light", tooltip="The light found in the photo."),
     io.Image.Output(display_name="overlay", tooltip="The fitted head over the photo: they should agree."),
 ]
-MODES = ["ratio", "difference", "replace"]
 
 
 class AlignFace(io.ComfyNode):
@@ -43,11 +50,12 @@ class AlignFace(io.ComfyNode):
             display_name="Align Face",
             category="Face Rig/estimate",
             description=(
-                "Finds the face and cuts it out upright and centred (FFHQ alignment), the way the "
-                "denoisers saw faces in training. Paste Back undoes it."
+                "Finds one face in each photo, or all, and cuts it out upright and centred (FFHQ alignment), "
+                "the way the denoisers saw faces in training. Paste Back undoes it."
             ),
+            **sockets.aliases("face crop", "detect face", "face detection", "ffhq", "group photo"),
             inputs=[
-                io.Image.Input("photo", tooltip="Photos of any size; each gives one face."),
+                io.Image.Input("photo", tooltip="Photos of any size, or the frames of a film."),
                 io.Int.Input(
                     "size",
                     default=128,
@@ -73,10 +81,40 @@ class AlignFace(io.ComfyNode):
                 io.Mask.Input(
                     "mask", optional=True, tooltip="Only faces whose centre lies inside are considered."
                 ),
-                sockets.FaceLandmarks.Input(
-                    "landmarks",
+                io.MultiType.Input(
+                    "landmarks", sockets.LANDMARKS, optional=True, tooltip=LANDMARKS.format("photo")
+                ),
+                io.MultiType.Input(
+                    "box",
+                    sockets.BOXES,
                     optional=True,
-                    tooltip="68 landmarks per picture, in pixels of the photo. Without them they are found.",
+                    tooltip=(
+                        "Only the faces that overlap these boxes most are considered; where none is found, "
+                        "landmarks are sought in the box itself. x, y, width, height or corners, in pixels "
+                        "of the photo; one, a list, or a list for each photo."
+                    ),
+                ),
+                io.Combo.Input(
+                    "faces",
+                    options=list(locate.FACES),
+                    default="one",
+                    optional=True,
+                    tooltip=(
+                        "one: the face of that order and index in each photo. all: every face of every "
+                        "photo, in that order, 64 a photo at the most; Paste Back puts all of them back."
+                    ),
+                ),
+                io.Float.Input(
+                    "steady",
+                    default=0.0,
+                    min=0.0,
+                    max=30.0,
+                    step=0.5,
+                    optional=True,
+                    tooltip=(
+                        "For films: the place of the face is smoothed over so many frames, against jitter. "
+                        "0: off, for single photos. Good: 1..4."
+                    ),
                 ),
             ],
             outputs=[
@@ -86,32 +124,98 @@ class AlignFace(io.ComfyNode):
                     display_name="aligned_landmarks",
                     tooltip="68 landmarks in pixels of the aligned pictures.",
                 ),
+                io.Image.Output(
+                    display_name="overlay",
+                    tooltip=(
+                        "The photos with every face numbered as 'index' counts, the chosen ones yellow; 1024 "
+                        "pixels a side and 32 photos at the most."
+                    ),
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, photo, size, order, index, missing, mask=None, landmarks=None):
-        x = host.pictures(photo, "photo")
-        if landmarks is None:
-            mask = None if mask is None else host.mask_pictures(mask, "mask")
-            points, found = locate.locate(x, order, index, mask, missing)
-        else:
-            points = landmark_fit.check_landmarks(landmarks).to(x.device)
-            x = host.repeat(x, len(points), "photo")
-            found = torch.ones(len(points), dtype=torch.bool, device=x.device)
-        _check_inside(points[found], x.shape[2:])
-        crop = align.ffhq_crop(points, size)
-        out, aligned = host.image(crop.apply(x)), host.result(crop.apply_points(points))
-        where = sockets.Aligned(host.result(crop), host.result(found))
-        return io.NodeOutput(out, where, aligned, ui=ui.PreviewImage(out[:4], cls=cls))
+    def execute(
+        cls, photo, size, order, index, missing, mask=None, landmarks=None, box=None, faces="one", steady=0.0
+    ):
+        n, *sides = host.check_pictures(photo, "photo")
+        boxes = [None] * n if box is None else _read("box", given.boxes, box, n, sides)
+        points = _given_landmarks(landmarks, n)
+        if mask is not None:
+            mask = host.repeat(mask.reshape(-1, *mask.shape[-2:]), n, "mask")
+        host.face_finder()
+        progress, shown, overlays = host.Progress(2 * n), set(host.few(torch.arange(n), SHOWN).tolist()), []
+
+        @functools.lru_cache(maxsize=1)  # a single photo, which may be large, is checked and moved once
+        def picture(i):
+            return host.pictures(photo[i : i + 1], "photo")
+
+        def looks():
+            for i in range(n):
+                x = picture(i)
+                here = None if mask is None else host.mask_pictures(mask[i : i + 1], "mask")
+                seen = _look(x, points[i], order, index, faces, here, boxes[i])
+                if seen.guessed:
+                    host.warn(f"no face found in a box of picture {i + 1}: its landmarks are a guess")
+                if i in shown:
+                    overlays.append(host.image(overlay.numbered(x, seen.boxes, seen.chosen)))
+                progress.step()
+                yield seen
+
+        at = locate.gather(looks(), n, missing)[1]
+        _check_inside(at.points[at.found.to(at.points.device)], sides, refuse=faces == "one")
+        crop = align.ffhq_crop(locate.steady(at, steady), size)
+        images = []
+        for i in range(n):
+            x = picture(i)
+            images += [host.image(crop[k].apply(x)) for k in (at.photo == i).nonzero()[:, 0].tolist()]
+            progress.step()
+        found = at.found | (missing == "previous")
+        images, overlays = host.joined(images), host.joined(overlays)
+        return io.NodeOutput(
+            images,
+            sockets.Aligned(host.result(crop), found, at.photo),
+            host.result(crop.apply_points(at.points)),
+            overlays,
+            ui=ui.PreviewImage(host.few(overlays), cls=cls),
+        )
 
 
-def _check_inside(points, size) -> None:
-    """Raise ValueError when most of a face lies outside of the photo, warn when some of it does."""
+def _read(name, read, *values):
+    """What `read` makes of an input, its errors with the input's name."""
+    try:
+        return read(*values)
+    except ValueError as e:
+        raise ValueError(f"'{name}': {e}") from e
+
+
+def _given_landmarks(landmarks, n: int):
+    """For each of n pictures what is known of its landmarks: a tensor of all of its faces that are wanted, a
+    list with those of all faces in it, or None."""
+    if landmarks is None:
+        return [None] * n
+    if not isinstance(landmarks, torch.Tensor):
+        return [[p] for p in _read("landmarks", given.landmarks, landmarks, n)]
+    points = landmark_fit.check_landmarks(landmarks)
+    if n > 1 and len(points) != n:
+        raise ValueError(f"'landmarks' holds {len(points)} faces, but there are {n} pictures: give one each")
+    return [points] if n == 1 else list(points.split(1))
+
+
+def _look(x, points, order, index, faces="one", mask=None, boxes=None):
+    """The faces of a picture, with what `_given_landmarks` knows of it."""
+    if isinstance(points, torch.Tensor):
+        points = points.to(x)
+        return locate.Seen(landmarks.bounding_boxes(points), tuple(range(len(points))), points)
+    return locate.look(x, order, index, faces, mask, boxes, points and points[0].to(x))
+
+
+def _check_inside(points, size, refuse: bool) -> None:
+    """Warn when some of a face lies outside of the photo; refuse: raise ValueError when most of it does."""
     height, width = size
     x, y = points.unbind(-1)
     outside = ((x < -0.5) | (y < -0.5) | (x > width - 0.5) | (y > height - 0.5)).float().mean(1)
-    if (outside > 0.5).any():
+    if refuse and (outside > 0.5).any():
         raise ValueError(
             f"the face leaves the photo: only {round((1 - float(outside.max())) * 68)} of its 68 landmarks "
             "are inside; use a photo that shows the whole face"
@@ -134,6 +238,7 @@ class FitToLandmarks(io.ComfyNode):
                 "Fits the 3D head to a photo: shape, expression, pose and camera from 68 landmarks, skin "
                 "and light from the pixels."
             ),
+            **sockets.aliases("fit head", "face tracking", "3dmm", "estimate pose", "estimate light"),
             inputs=CODE_INPUTS,
             outputs=CODE_OUTPUTS,
         )
@@ -157,6 +262,7 @@ class DECAEncode(io.ComfyNode):
                 "Reads shape, expression, pose, camera, skin and light of FLAME off a photo with DECA, as in "
                 "the training of the published models."
             ),
+            **sockets.aliases("flame", "3dmm", "estimate pose", "estimate light", "face code"),
             inputs=CODE_INPUTS,
             outputs=CODE_OUTPUTS,
         )
@@ -178,123 +284,25 @@ class DECAEncode(io.ComfyNode):
 
 def _estimated(cls, estimate, face_model, image, order, index, landmarks):
     """The output of a node that estimates codes: estimate(head, pictures, landmarks) -> FaceCode."""
-    x = host.pictures(image, "image", most=2048)
-    if landmarks is None:
-        points = locate.locate(x, order, index)[0]
-    else:
-        points = landmark_fit.check_landmarks(landmarks)
-    x = host.repeat(x, len(points), "image")
+    n, height, width = host.check_pictures(image, "image", most=2048)
+    known = _given_landmarks(landmarks, n)
+    host.face_finder()
+    looks = (_look(host.pictures(image[i : i + 1], "image"), known[i], order, index) for i in range(n))
+    points = locate.gather(looks, n)[1].points
+    image = host.repeat(image, len(points), "image")
     with host.gradients():
-        head, x, points = host.head(face_model), x.clone(), points.to(x.device).clone()
+        head = host.head(face_model)
         # FLAME without its texture is shown grey
         grey = None if getattr(head, "has_texture", True) else torch.full((1, 3, 256, 256), conditions.GREY)
-        parts = host.chunks(len(x), 256, 256)
+        parts = host.chunks(len(points), max(height, 256), max(width, 256))
         progress = host.Progress(len(parts))
         codes, overlays = [], []
         for part in parts:
-            code = estimate(head, x[part], points[part])
+            x = host.pictures(image[part], "image").clone()
+            code = estimate(head, x, points[part].to(x.device).clone())
             b = buffers.render(head, code, albedo=grey)
-            overlays.append(host.image(x[part] + b.mask * (b.rendered - x[part])))
+            overlays.append(host.image(x + b.mask * (b.rendered - x)))
             codes.append(host.result(code))
             progress.step()
-    code, overlay = cat(codes), torch.cat(overlays)
-    return io.NodeOutput(code, code.light, overlay, ui=ui.PreviewImage(overlay[:4], cls=cls))
-
-
-class PasteBack(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="FaceRig_PasteBack",
-            display_name="Paste Back",
-            category="Face Rig/estimate",
-            description=(
-                "Carries the edit of an aligned face into the photo at the photo's own resolution. Pixels "
-                "outside the aligned square, and far from the mask, stay exactly as they were."
-            ),
-            inputs=[
-                io.Image.Input("photo", tooltip="The photo that Align Face was given."),
-                io.Image.Input("edited", tooltip="The edited aligned face."),
-                sockets.FaceCrop.Input("crop", tooltip="From Align Face."),
-                io.Combo.Input(
-                    "mode",
-                    options=MODES,
-                    default="ratio",
-                    tooltip=(
-                        "ratio: the photo times the change of light, sharp at any size. difference: the "
-                        "change is added. replace: the aligned face itself. With 'motion' it is always "
-                        "ratio."
-                    ),
-                ),
-                io.Float.Input(
-                    "soft",
-                    default=0.06,
-                    min=0.0,
-                    max=0.5,
-                    step=0.01,
-                    tooltip="Width of the soft edge in sides of the aligned square. Good: 0.03..0.15.",
-                ),
-                io.Float.Input(
-                    "reach",
-                    default=pipeline.NEAR,
-                    min=0.0,
-                    max=0.5,
-                    step=0.01,
-                    tooltip=(
-                        "How far beyond 'mask' the edit may show, in sides of the aligned square, so that "
-                        "hair changes with the head. 0: the mask alone. Good: 0..0.15."
-                    ),
-                ),
-                io.Image.Input(
-                    "before",
-                    optional=True,
-                    tooltip=(
-                        "What the model makes of the unedited face, from DDIM Invert: its own errors then "
-                        "cancel out. Without it the photo itself is compared with."
-                    ),
-                ),
-                sockets.FaceMotion.Input(
-                    "motion",
-                    optional=True,
-                    tooltip="From Move Photo, when pose or expression were edited; needs 'before'.",
-                ),
-                io.Mask.Input(
-                    "mask",
-                    optional=True,
-                    tooltip=(
-                        "The head in the aligned picture (matte of DiFaReli Condition, Face Parse, mask "
-                        "of Render Buffers): the edit shows there and near it. Without it everywhere."
-                    ),
-                ),
-            ],
-            outputs=[io.Image.Output(display_name="photo", tooltip="The photos, one for each edited face.")],
-        )
-
-    @classmethod
-    def execute(cls, photo, edited, crop, mode, soft, reach, before=None, motion=None, mask=None):
-        new = host.pictures(edited, "edited")
-        n, size = len(new), new.shape[-1]
-        if motion is not None and (before is None or mask is not None):
-            raise ValueError("'motion' needs 'before' (from DDIM Invert) and takes no 'mask'")
-
-        def each(x, name):
-            return [None] * n if x is None else host.repeat(x, n, name).split(1)
-
-        photos = each(host.pictures(photo, "photo"), "photo")
-        before = each(None if before is None else host.pictures(before, "before"), "before")
-        mask = None if mask is None else pipeline.near(host.mask_pictures(mask, "mask", size), reach)
-        mask = each(mask, "mask")
-        motion = each(None if motion is None else motion.to(host.device()), "motion")
-        crops = host.repeat(crop.crop, n, "crop").resized(size).to(host.device())
-        found = crop.found.expand(n)
-        progress, out = host.Progress(n), []
-        for i, x in enumerate(photos):
-            face = new[i : i + 1]
-            if found[i] and motion[i] is not None:
-                portrait = pipeline.Portrait(face, crops[i], None)
-                x = pipeline.paste(x, portrait, pipeline.Edit(face, before[i], motion[i]))
-            elif found[i]:
-                x = align.paste_back(x, face, crops[i], mask[i], before[i], mode, soft)
-            out.append(host.image(x))
-            progress.step()
-        return io.NodeOutput(torch.cat(out))
+    code, shown = cat(codes), host.joined(overlays)
+    return io.NodeOutput(code, code.light, shown, ui=ui.PreviewImage(host.few(shown), cls=cls))

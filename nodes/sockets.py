@@ -2,7 +2,7 @@
 
 FACE_MODEL        rig_core.heads.FaceModel: a head and, where there is one, DECA (see host.estimator)
 FACE_CODE         rig_core.face.FaceCode, B faces of one picture size
-FACE_LANDMARKS    [B,68,2] float, pixels of the picture they were found in
+FACE_LANDMARKS_68 [B,68,2] float, pixels of the picture they were found in (later hosts have a FACE_LANDMARKS)
 FACE_CROP         Aligned: where the aligned faces were
 FACE_MOTION       [B,s,s,2], where each pixel of an edited picture comes from (rig_core.warp.flow)
 FACE_BUFFERS      rig_core.face.Buffers
@@ -26,20 +26,27 @@ from . import host
 
 
 class Aligned(NamedTuple):
-    """crop: photo pixels to aligned pixels. found [B] bool: pictures without a face are left as they are."""
+    """Where N aligned faces were.
+
+    crop: photo pixels to aligned pixels, of N faces. found [N] bool: photos without a face are left as they
+    are. photo [N] long, on the CPU: which photo each face is of, rising from 0; every photo has one at least.
+    """
 
     crop: Crop
     found: Tensor
+    photo: Tensor
 
 
 FaceModel = io.Custom("FACE_MODEL")
 FaceCode = io.Custom("FACE_CODE")
-FaceLandmarks = io.Custom("FACE_LANDMARKS")
+FaceLandmarks = io.Custom("FACE_LANDMARKS_68")
+LANDMARKS = [FaceLandmarks, io.Custom("FACE_LANDMARKS")]  # the latter is of later hosts: a face mesh
 FaceCrop = io.Custom("FACE_CROP")
 FaceMotion = io.Custom("FACE_MOTION")
 FaceBuffers = io.Custom("FACE_BUFFERS")
 FaceEmbed = io.Custom("FACE_EMBED")
 SHLight = io.Custom("SH_LIGHT")
+BOXES = [io.BBOX, getattr(io, "BoundingBox", None) or io.Custom("BOUNDING_BOX")]  # the latter in later hosts
 IdentityEncoder = io.Custom("IDENTITY_ENCODER")
 ShadowEstimator = io.Custom("SHADOW_ESTIMATOR")
 FaceParser = io.Custom("FACE_PARSER")
@@ -89,6 +96,16 @@ def condition(conditioning: list, net: nn.Module, name: str = "conditioning") ->
     if other:
         raise ValueError(f"'{name}' was made for another model than 'model': connect the same MODEL to both")
     return given
+
+
+def given(conditioning: list, name: str = "conditioning") -> Given:
+    """What a CONDITIONING of either kind holds. Raises ValueError for a foreign one."""
+    fields = conditioning[0][1] if conditioning else {}
+    for kind, (_, _, names) in host.KINDS.items():
+        if names[0] in fields:
+            return Given(kind, tuple(fields[f] for f in names))
+    nodes = " or ".join(node for _, node, _ in host.KINDS.values())
+    raise ValueError(f"'{name}' is not from {nodes}: connect one of them")
 
 
 def noise_latent(found: samplers.Inversion, model) -> dict:

@@ -1,4 +1,4 @@
-"""From a photo to a square crop and back: one small transform object, the crops of DECA and FFHQ, paste-back.
+"""From a photo to a square crop and back: one small transform object, the crops of DECA and FFHQ.
 
 Convention: pixel coordinates are (x, y), x right, y down, and the CENTRE of the first pixel is (0, 0), so the
 picture spans -0.5 .. W-0.5 (as landmark detectors and scikit-image count; Pillow counts from the corner).
@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import gain
 from .face import Batch
 from .gain import to_display, to_linear  # noqa: F401
 
@@ -153,13 +152,14 @@ class Crop(Batch):
     def apply_inverse(self, image: Tensor, photo_size: tuple[int, int]) -> Tensor:
         """Crop [B,C,s,s] -> [B,C,H,W]: bicubic, antialiased where it shrinks, border repeated beyond."""
         self._fits(image)
-        crop, image = self._for(image)._finer(image)
-        return crop._back(image, photo_size)
+        crop, image = self._for(image).finer(image)
+        return crop.back(image, photo_size)
 
-    def _back(self, image: Tensor, photo_size: tuple[int, int]) -> Tensor:
+    def back(self, image: Tensor, photo_size: tuple[int, int]) -> Tensor:
+        """Crop [B,C,s,s] of as many channels as you like -> [B,C,H,W], bilinear, border repeated beyond."""
         return _warp(image, self.matrix, photo_size, "border", "bilinear")
 
-    def _finer(self, image: Tensor, mode: str = "bicubic") -> tuple[Crop, Tensor]:
+    def finer(self, image: Tensor, mode: str = "bicubic") -> tuple[Crop, Tensor]:
         """The crop up to four times finer, if the photo is: bilinear sampling of it is cheap and smooth."""
         times = max(1, min(4, int(torch.linalg.det(self.matrix[:, :2, :2].cpu()).abs().max() ** -0.5)))
         if times == 1:
@@ -255,140 +255,3 @@ def ffhq_crop(landmarks: Tensor, size: int) -> Crop:
     corner = eyes + 0.1 * down - x - y + 0.5 * (shrink - 1)
     step = 2 * x / size
     return _similarity(corner + 0.5 * (step + 2 * y / size), step, size, "reflection", "lanczos")
-
-
-def _blur(mask: Tensor, radius: int) -> Tensor:
-    """Two box blurs of the given radius: a tent, edges repeated."""
-    for _ in range(2):
-        mask = F.avg_pool2d(F.pad(mask, (radius,) * 4, mode="replicate"), 2 * radius + 1, stride=1)
-    return mask
-
-
-def soft_mask(
-    mask: Tensor | None, crop: Crop, soft: float = 0.06, photo_size: tuple[int, int] | None = None
-) -> Tensor:
-    """Weight of the edit in the crop, [B,1,s,s], 0..1, falling smoothly to 0 INSIDE the mask and the crop.
-
-    mask [B,1,s,s], 1 = edit, None for the whole crop; soft: width of the edge in crop sides.
-    photo_size (H, W): where the photo ends with the crop, or before it, there is no edge: nothing to meet.
-    """
-    s = crop.size
-    if mask is None:
-        mask = torch.ones(1, 1, s, s, device=crop.matrix.device)
-    if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2:] != (s, s):
-        raise ValueError(f"the mask must be [B,1,{s},{s}], as the crop, got {list(mask.shape)}")
-    # eroded by what interpolation reaches, so that the edit does not leave the mask
-    scale = float(torch.linalg.det(crop.matrix[:, :2, :2].cpu()).abs().max() ** 0.5)
-    reach = min(1 if scale < 1.5 else 1 + math.ceil(1.5 * scale), (s - 1) // 2)
-    mask = -F.max_pool2d(-mask.float().clamp(0, 1), 2 * reach + 1, 1, reach)
-    at = torch.arange(s, device=mask.device, dtype=mask.dtype)
-    left, top, right, bottom = _within(crop, photo_size)
-    far = torch.full_like(at, s)
-    rows = torch.minimum(at if top else far, s - 1 - at if bottom else far)
-    columns = torch.minimum(at if left else far, s - 1 - at if right else far)
-    edge = torch.minimum(rows[:, None], columns)
-    mask = torch.minimum(mask, (edge / max(soft * s, 1)).clamp(0, 1))
-    radius = min(round(soft * s / 2), (s - 1) // 2)
-    if radius:  # at a straight border the blur is one half: what exceeds it lies inside
-        mask = torch.minimum(mask, (2 * _blur(mask, radius) - 1).clamp(0, 1))
-    return mask * mask * (3 - 2 * mask)
-
-
-def _within(crop: Crop, photo_size: tuple[int, int] | None) -> tuple[bool, bool, bool, bool]:
-    """Whether the photo goes on beyond the crop's left, top, right and bottom side, for any of the crops."""
-    if photo_size is None:
-        return True, True, True, True
-    s, (h, w) = float(crop.size), photo_size
-    ends = torch.tensor([[0.0, 0.0], [s, 0.0], [s, s], [0.0, s]]).to(crop.matrix) - 0.5
-    a, b, c, d = crop.invert_points(ends.expand(len(crop), 4, 2)).unbind(1)  # clockwise from the upper left
-
-    def inside(p: Tensor, q: Tensor) -> bool:
-        points = torch.lerp(p[:, None], q[:, None], torch.linspace(0.05, 0.95, 19).to(p)[:, None])
-        x, y = points.unbind(-1)
-        return bool(((x > 0) & (x < w - 1) & (y > 0) & (y < h - 1)).any())
-
-    return inside(a, d), inside(a, b), inside(b, c), inside(d, c)
-
-
-def _region(crop: Crop, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Rows and columns of the photo that the crops touch: y0, y1, x0, x1."""
-    low, high = -1.0, float(crop.size)
-    square = torch.tensor([[low, low], [high, low], [high, high], [low, high]]).to(crop.matrix)
-    corners = crop.invert_points(square.expand(len(crop), 4, 2)).flatten(0, 1)
-    x0, y0 = (int(v) for v in corners.amin(0).floor())
-    x1, y1 = (int(v) + 1 for v in corners.amax(0).ceil())
-    return max(y0, 0), min(y1, size[0]), max(x0, 0), min(x1, size[1])
-
-
-_FINEST = 2048  # side of the largest gain field, which bounds memory; beyond, it is interpolated
-
-
-def _gain(photo: Tensor, edited: Tensor, original: Tensor, crop: Crop) -> tuple[Crop, Tensor]:
-    """The edit's gain, enlarged along the photo's edges to nearly its resolution, and where it lies."""
-    found = gain.stops(edited, original)
-    size = crop.size * float(torch.linalg.det(crop.matrix[:, :2, :2].cpu()).abs().min()) ** -0.5
-    fine = crop.resized(crop.size * 2 ** max(0, int(math.log2(min(size, _FINEST) / crop.size))))
-    fine = fine.replace(kernel="bilinear")
-    parts = [
-        gain.enlarge(g[None], c.apply(p[None]).clamp(0, 1))
-        for g, c, p in zip(found, (fine[i : i + 1] for i in range(len(fine))), photo)
-    ]
-    return fine, torch.cat(parts)
-
-
-def paste_back(
-    photo: Tensor,
-    edited: Tensor,
-    crop: Crop,
-    mask: Tensor | None = None,
-    original: Tensor | None = None,
-    mode: str = "ratio",
-    soft: float = 0.06,
-) -> Tensor:
-    """Carry an edit of the crop into the photo at the photo's own resolution: [B,3,H,W] -> [B,3,H,W].
-
-    edited   [B,3,s,s] the crop after the edit
-    mask     [B,1,s,s] where the edit may go (1), None for the whole crop; soft is its edge in crop sides
-    original [B,3,s,s] the crop before the edit, crop.apply(photo) when None. Give what the model makes of the
-             unedited face to leave its reconstruction error out
-    mode     "ratio": the photo's linear light is multiplied by edited / original (see gain), sharp at any
-             size; "difference": their difference is added; "replace": the edited crop itself (poses)
-    Pixels outside the mask, and wherever edited equals original, come back bit for bit.
-    Convention: ratios are taken in linear light, in stops, so that halving and doubling interpolate alike.
-    """
-    if mode not in ("ratio", "difference", "replace"):
-        raise ValueError(f"paste_back mode must be ratio, difference or replace, got {mode!r}")
-    original = crop.apply(photo).clamp(0, 1) if original is None else original
-    want = [len(photo), 3, crop.size, crop.size]
-    for name, x in (("edited", edited), ("original", original)):
-        if list(x.shape) != want:
-            raise ValueError(f"paste_back: {name} must be {want}, got {list(x.shape)}")
-        if not torch.isfinite(x).all():
-            raise ValueError(f"paste_back: {name} holds NaN or infinite values")
-    crop = crop.expand(len(photo))
-    y0, y1, x0, x1 = _region(crop, photo.shape[2:])
-    if y0 >= y1 or x0 >= x1:
-        return photo.clone()
-    weight = soft_mask(mask, crop, soft, photo.shape[2:]).to(photo.device).expand(len(photo), 1, -1, -1)
-    differs = (edited != original).any(1, keepdim=True).to(edited)
-    plain, maps = crop._finer(torch.cat([weight, differs], 1), "bilinear")
-    if mode == "ratio":
-        fine, change = _gain(photo, edited, original, crop)
-    else:
-        fine, change = crop._finer(edited - original if mode == "difference" else edited)
-    out = photo.clone()
-    rows = max(1, 2**18 // (x1 - x0))  # strips stay in the cache, and a large photo's memory bounded
-    for y in range(y0, y1, rows):
-        part = out[:, :, y : min(y + rows, y1), x0:x1]
-        shift = torch.tensor([[1, 0, x0], [0, 1, y], [0, 0, 1]]).to(crop.matrix)
-        inside, found = (
-            c.replace(matrix=c.matrix @ shift)._back(x, part.shape[2:])
-            for c, x in ((plain, maps), (fine, change))
-        )
-        w = inside[:, :1] * inside[:, 1:]
-        if mode == "ratio":
-            found = gain.light(part, found)
-        elif mode == "difference":
-            found = part + found
-        part.copy_(torch.where(w > 0, torch.lerp(part, found.clamp(0, 1), w), part))
-    return out

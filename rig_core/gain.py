@@ -63,30 +63,37 @@ def light(photo: Tensor, gain: Tensor) -> Tensor:
     return to_display((to_linear(photo) + BLACK) * gain.exp2() - BLACK)
 
 
-def enlarge(gain: Tensor, guide: Tensor) -> Tensor:
-    """A gain [B,3,s,s] at the size of guide [B,3,2^n s,2^n s], the photo of the same square.
+def guides(photo: Tensor, size: int) -> list[Tensor]:
+    """A photo [1,3,2^n s,2^n s], halved again and again down to [1,3,s,s]: what `enlarge` goes by."""
+    found = [photo]
+    while found[-1].shape[-1] > size:
+        found.append(F.avg_pool2d(found[-1], 2))
+    if found[-1].shape[-1] != size:
+        raise ValueError(f"a guide of {list(photo.shape)} is no doubling of a gain of {size} pixels")
+    return found
+
+
+def enlarge(gain: Tensor, guides: list[Tensor]) -> Tensor:
+    """N gains [N,3,s,s] of one photo at the size of its largest guide (see `guides`), [N,3,2^n s,2^n s].
 
     Its means are right where a pixel of the crop shows one thing. Where it shows two, and where they blur the
     edit's own edges, such as cast shadows, the lit photo made small differs from the edit, and that is
     carried after (back-projection, Irani and Peleg 1991).
     """
-    guides = [guide]
-    while guides[-1].shape[-1] > gain.shape[-1]:
-        guides.append(F.avg_pool2d(guides[-1], 2))
-    if guides[-1].shape[2:] != gain.shape[2:]:
-        raise ValueError(f"a guide of {list(guide.shape)} is no doubling of a gain of {list(gain.shape)}")
     n = 2 ** (len(guides) - 1)
-    gain = calm(gain, guides[-1])
+    gain = calm(gain, guides[-1].expand(len(gain), -1, -1, -1))
     large = _double_all(gain, guides)
-    linear = to_linear(guide) + BLACK
+    linear = to_linear(guides[0]) + BLACK
     lit = F.avg_pool2d(linear * large.exp2(), n) / F.avg_pool2d(linear, n)
-    return (large + _double_all(gain - lit.log2(), guides)).clamp_(-STOPS, STOPS)
+    return large.add_(_double_all(gain - lit.log2(), guides)).clamp_(-STOPS, STOPS)
 
 
 def _double_all(gain: Tensor, guides: list[Tensor]) -> Tensor:
+    """The gains as channels of one picture: the weights are found once for all."""
+    n, out = len(gain), gain.reshape(1, -1, *gain.shape[2:])
     for small, fine in zip(guides[:0:-1], guides[-2::-1]):
-        gain = double(gain, small, fine)
-    return gain
+        out = double(out, small, fine)
+    return out.reshape(n, 3, *out.shape[2:])
 
 
 def double(gain: Tensor, small: Tensor, fine: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import align, buffers, conditions, diffusion, matte, ratio, samplers, sh, warp
+from . import align, buffers, composite, conditions, diffusion, matte, ratio, samplers, sh, warp
 from .estimators import deca, identity, landmark_fit, landmarks, parsing, shadow
 from .face import FaceCode, axis_angle_to_matrix, cat, matrix_to_axis_angle
 
@@ -374,24 +374,33 @@ def guided(rig, source, weight: float):
 
 
 def paste(photo: Tensor, portrait: Portrait, edit: Edit) -> Tensor:
-    """Carry an edit to the photo at its own resolution: [1,3,H,W] -> [B,3,H,W].
+    """Carry edits [B] of one face to the photo at its own resolution: [1,3,H,W] -> [B,3,H,W].
 
     The photo (moved along the flow where the pose changed) times edit.image / edit.before in linear light:
     pores and lashes come from the photo, whatever the denoiser's resolution.
     """
-    n, size = len(edit.image), portrait.crop.size
-    photos = align.check_image(photo).expand(n, -1, -1, -1)
-    before = edit.before.expand(n, -1, -1, -1)
-    if edit.grid is None:
-        return align.paste_back(photos, edit.image, portrait.crop, edit.mask, before)
-    photo_px = float(torch.linalg.det(portrait.crop.matrix[0, :2, :2])) ** -0.5 * size
-    fine = portrait.crop.resized(max(size, min(1024, round(photo_px))))
-    grid = F.interpolate(edit.grid.permute(0, 3, 1, 2), (fine.size, fine.size), mode="bilinear")
-    moved = warp.apply(fine.apply(photos[:1]), grid.permute(0, 2, 3, 1)).expand(n, -1, -1, -1)
+    photo = align.check_image(photo)
+    at = place(photo, portrait.crop, edit.before, edit.mask, edit.grid)
+    return composite.compose(photo, [at], [edit.image])
+
+
+def place(
+    photo: Tensor, crop: align.Crop, before: Tensor, mask: Tensor | None = None, grid: Tensor | None = None
+) -> composite.Place:
+    """Where edits of one face go in the photo [1,3,H,W]; before, mask and grid [1,...] as in `Edit`.
+
+    Where the pose changed, the photo itself is moved, at up to 2048 pixels a side, and put under the light.
+    """
+    if grid is None:
+        return composite.place(photo, crop, mask, before)
+    photo_px = float(torch.linalg.det(crop.matrix[0, :2, :2].cpu())) ** -0.5 * crop.size
+    fine = crop.resized(max(crop.size, min(2048, round(photo_px))))
+    grid = F.interpolate(grid.permute(0, 3, 1, 2), (fine.size, fine.size), mode="bilinear")
+    moved = warp.apply(fine.apply(photo), grid.permute(0, 2, 3, 1))
     # the fine crop as a photo of its own
-    inside = align.Crop(torch.eye(3)[None].to(moved), fine.size).resized(size)
-    lit = align.paste_back(moved, edit.image, inside, edit.mask, before)
-    return align.paste_back(photos, lit, fine, mode="replace")
+    inside = align.Crop(torch.eye(3)[None].to(moved), fine.size).resized(crop.size)
+    under = composite.place(moved, inside, mask, before)
+    return replace(composite.place(photo, fine, mode="replace"), under=(moved, under))
 
 
 def variance_mix(a: Tensor, b: Tensor, w: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from rig_core import align
+from rig_core import align, composite
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -121,7 +121,7 @@ def test_image_round_trip_of_smooth_content():
     matrix = torch.cat([crop_at(120, 100, 120, 160, 25).matrix, crop_at(110, 90, 100, 160, -40).matrix])
     crop = align.Crop(matrix, 160)
     back = crop.apply_inverse(crop.apply(photo), (200, 240))
-    inside = crop.apply_inverse(align.soft_mask(None, crop).expand(2, 1, -1, -1), (200, 240)) > 0.5
+    inside = crop.apply_inverse(composite.soft_mask(None, crop).expand(2, 1, -1, -1), (200, 240)) > 0.5
     assert inside.float().mean() > 0.1
     assert psnr((back * inside), (photo * inside)) > 45
 
@@ -147,86 +147,6 @@ def test_a_batch_of_different_scales_equals_its_items():
         assert torch.equal(both[i : i + 1], crops[i].apply(photo[i : i + 1]))
 
 
-@pytest.mark.parametrize("mode", ["ratio", "difference", "replace"])
-def test_paste_back_of_no_edit_is_bit_identical(mode):
-    photo = torch.rand(2, 3, 150, 130, generator=torch.Generator().manual_seed(0))
-    crop = crop_at(60, 70, 90, 64, 12)
-    same = crop.apply(photo)
-    assert torch.equal(align.paste_back(photo, same, crop, mode=mode), photo)
-    model = (same + 0.1).clamp(0, 1)  # what a model makes of the unedited face
-    assert torch.equal(align.paste_back(photo, model, crop, original=model, mode=mode), photo)
-    half = torch.cat([same[:1], same[1:] * 0.5])
-    out = align.paste_back(photo, half, crop, mode=mode)
-    assert torch.equal(out[0], photo[0])
-    assert not torch.equal(out[1], photo[1])
-
-
-@pytest.mark.parametrize("mode", ["ratio", "difference", "replace"])
-@pytest.mark.parametrize(("side", "degrees"), [(90, 12), (64, 0), (40, -30), (500, 5)])
-def test_paste_back_keeps_to_the_mask(mode, side, degrees):
-    photo = torch.rand(1, 3, 400, 360, generator=torch.Generator().manual_seed(1))
-    crop = crop_at(170, 190, side, 64, degrees)
-    mask = torch.zeros(1, 1, 64, 64)
-    mask[..., 20:50, 12:40] = 1
-    edited = (crop.apply(photo) * 0.6 + 0.1).clamp(0, 1)
-    out = align.paste_back(photo, edited, crop, mask, mode=mode)
-    changed = (out != photo).any(1)[0].nonzero().flip(1).float()[None]  # (x, y)
-    assert changed.shape[1] > 20
-    at = crop.apply_points(changed)[0].round()
-    assert (
-        (at[:, 0] >= 12).all()
-        and (at[:, 0] <= 39).all()
-        and (at[:, 1] >= 20).all()
-        and (at[:, 1] <= 49).all()
-    )
-    assert torch.equal(align.paste_back(photo, edited, crop, mask * 0, mode=mode), photo)
-
-
-def test_paste_back_gives_the_edit_inside():
-    photo = picture(300, 280)
-    crop = crop_at(140, 150, 160, 128, 8)
-    edited = align.to_display(
-        align.to_linear(crop.apply(photo)) * torch.tensor([0.5, 0.8, 1.0])[:, None, None]
-    )
-    for mode, limit in (("ratio", 0.004), ("difference", 0.004), ("replace", 0.004)):
-        out = crop.apply(align.paste_back(photo, edited, crop, mode=mode))
-        assert (out - edited)[..., 14:-14, 14:-14].abs().max() < limit, mode
-
-
-def test_a_relit_large_photo_stays_as_sharp_as_it_was():
-    g = torch.Generator().manual_seed(2)
-    photo = (picture(640, 640) + 0.1 * torch.randn(1, 3, 640, 640, generator=g)).clamp(0.02, 0.8)
-    crop = crop_at(320, 320, 600, 64)
-    darker = align.to_display(align.to_linear(crop.apply(photo)) * 0.5)
-    out = align.paste_back(photo, darker, crop)
-
-    def detail(x):
-        x = align.to_linear(x)[..., 200:440, 200:440]
-        return float((x - F.avg_pool2d(x, 3, 1, 1)).std())
-
-    assert detail(out) == pytest.approx(0.5 * detail(photo), rel=0.05)
-    replaced = align.paste_back(photo, darker, crop, mode="replace")
-    assert detail(replaced) < 0.15 * detail(photo)  # what a plain paste would lose
-
-
-def test_paste_back_of_a_crop_beyond_the_photo():
-    photo = picture(60, 60)
-    gone = crop_at(500, 500, 40, 32)
-    assert torch.equal(align.paste_back(photo, torch.rand(1, 3, 32, 32), gone), photo)
-    partly = crop_at(0, 0, 60, 32)
-    out = align.paste_back(photo, partly.apply(photo) * 0.5, partly)
-    assert out[0, :, 5, 5].mean() < photo[0, :, 5, 5].mean()
-    assert torch.equal(out[..., 35:, 35:], photo[..., 35:, 35:])
-
-
-def test_soft_mask_falls_off_inside():
-    crop = crop_at(0, 0, 64, 64)
-    w = align.soft_mask(None, crop)
-    assert w.min() == 0 and w.max() == 1 and w[0, 0, 32, 32] == 1
-    assert w[0, 0, 0].max() == 0
-    assert (w[0, 0, 32].diff().abs() < 0.5).all()
-
-
 @pytest.mark.parametrize(("h", "w"), [(1, 1), (1, 7), (5, 3)])
 def test_tiny_photos(h, w):
     photo = align.check_image(torch.rand(1, 1, h, w))
@@ -235,7 +155,7 @@ def test_tiny_photos(h, w):
         assert torch.isfinite(crop.replace(padding=padding).apply(photo)).all()
     big = crop_at(0, 0, 900, 32)  # far coarser than the photo
     assert torch.isfinite(big.apply(photo)).all()
-    assert torch.equal(align.paste_back(photo, crop.apply(photo), crop), photo)
+    assert torch.equal(composite.paste_back(photo, crop.apply(photo), crop), photo)
 
 
 def test_an_8000_pixel_photo():
@@ -246,7 +166,7 @@ def test_an_8000_pixel_photo():
     assert small.shape == (1, 3, 64, 64)
     assert abs(float(small[0, 0, 20, 32]) - 0.25) < 1e-3 and abs(float(small[0, 0, 44, 32]) - 0.75) < 1e-3
     face = crop_at(300, 4000, 500, 64)
-    out = align.paste_back(photo, face.apply(photo) * 0.9, face)
+    out = composite.paste_back(photo, face.apply(photo) * 0.9, face)
     assert out.shape == photo.shape
     assert torch.equal(out[..., :3700, :], photo[..., :3700, :])
     assert not torch.equal(out[..., 3990:4010, :], photo[..., 3990:4010, :])
@@ -299,10 +219,13 @@ def test_other_bad_input_is_named():
         (lambda: align.Crop(torch.eye(3), 4), r"\[B,3,3\]"),
         (lambda: crop.apply_inverse(torch.zeros(1, 3, 8, 8), (50, 50)), "16 px square"),
         (lambda: align.Crop(torch.eye(3).expand(2, 3, 3), 4).apply(photo.expand(3, -1, -1, -1)), "2 crops"),
-        (lambda: align.paste_back(photo, torch.zeros(1, 3, 8, 8), crop), "edited must be"),
-        (lambda: align.paste_back(photo, torch.full((1, 3, 16, 16), float("nan")), crop), "NaN"),
-        (lambda: align.paste_back(photo, torch.zeros(1, 3, 16, 16), crop, mode="blend"), "mode"),
-        (lambda: align.paste_back(photo, torch.zeros(1, 3, 16, 16), crop, torch.ones(1, 1, 8, 8)), "mask"),
+        (lambda: composite.paste_back(photo, torch.zeros(1, 3, 8, 8), crop), "edited crop must be"),
+        (lambda: composite.paste_back(photo, torch.full((1, 3, 16, 16), float("nan")), crop), "NaN"),
+        (lambda: composite.paste_back(photo, torch.zeros(1, 3, 16, 16), crop, mode="blend"), "mode"),
+        (
+            lambda: composite.paste_back(photo, torch.zeros(1, 3, 16, 16), crop, torch.ones(1, 1, 8, 8)),
+            "mask",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             call()
@@ -312,16 +235,3 @@ def test_display_and_linear_are_inverse():
     x = torch.linspace(0, 1, 1001)
     assert (align.to_display(align.to_linear(x)) - x).abs().max() < 1e-6
     assert float(align.to_linear(torch.tensor(0.5))) == pytest.approx(0.21404, abs=1e-5)
-
-
-def test_no_soft_edge_where_the_photo_ends_with_the_crop():
-    photo = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.2
-    whole = align.Crop(torch.eye(3)[None], 64)
-    edited = align.to_display(align.to_linear(photo) * 1.5)
-    out = align.paste_back(photo, edited, whole)
-    assert (out - edited).abs().max() < 2e-3
-    # the left half of the photo: an edge at its right side only
-    half = align.Crop(torch.eye(3)[None], 32)
-    mask = align.soft_mask(None, half, photo_size=(32, 64))
-    assert (mask[0, 0, :, :24] == 1).all() and (mask[0, 0, :, -1] == 0).all()
-    assert (align.soft_mask(None, half)[0, 0, :, 0] == 0).all()

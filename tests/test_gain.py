@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from rig_core import align, gain
+from rig_core import align, composite, gain
 
 ASSETS = Path(gain.__file__).parent / "assets"
 
@@ -42,7 +42,7 @@ def psnr(a, b, where):
 
 def inside(crop, photo):
     """Where the paste's soft mask is one."""
-    return crop.apply_inverse(align.soft_mask(None, crop), photo.shape[2:]) > 0.999
+    return crop.apply_inverse(composite.soft_mask(None, crop), photo.shape[2:]) > 0.999
 
 
 def grid(photo):
@@ -58,17 +58,17 @@ def test_only_what_was_edited_changes():
     photo = portrait()
     crop = square(photo, 128, 0.8)
     before = crop.apply(photo).clamp(0, 1)
-    assert torch.equal(align.paste_back(photo, before, crop), photo)
+    assert torch.equal(composite.paste_back(photo, before, crop), photo)
     edited = before.clone()
     edited[..., 60:100, 30:90] *= 0.5
-    out = align.paste_back(photo, edited, crop)
+    out = composite.paste_back(photo, edited, crop)
     at = (eight_bit(out) != eight_bit(photo)).any(1)[0].nonzero().flip(1).float()[None]
     x, y = crop.apply_points(at)[0].unbind(1)
     assert len(x) > 10000
     assert x.min() > 28.5 and x.max() < 90.5 and y.min() > 58.5 and y.max() < 100.5
     mask = torch.zeros(1, 1, 128, 128)
     mask[..., 40:80, 40:80] = 1
-    out = align.paste_back(photo, before * 0.5, crop, mask)
+    out = composite.paste_back(photo, before * 0.5, crop, mask)
     outside = crop.apply_inverse(mask, photo.shape[2:]) <= 0
     assert torch.equal(out[outside.expand_as(out)], photo[outside.expand_as(out)])
 
@@ -82,7 +82,7 @@ def test_a_smooth_gain_on_a_real_portrait_is_recovered(size):
         None
     ]
     true, crop = lit(photo, stops), square(photo, size)
-    out = align.paste_back(photo, crop.apply(true).clamp(0, 1), crop)
+    out = composite.paste_back(photo, crop.apply(true).clamp(0, 1), crop)
     assert psnr(out, true, inside(crop, photo)) > 43
 
 
@@ -117,7 +117,7 @@ def test_no_halo_at_a_silhouette(face, wall):
     photo, true, alpha = silhouette(face, wall)
     crop = square(photo, 32)
     before, edited = crop.apply(photo).clamp(0, 1), crop.apply(true).clamp(0, 1)
-    out = align.paste_back(photo, edited, crop)
+    out = composite.paste_back(photo, edited, crop)
     plain = F.interpolate(gain.stops(edited, before), photo.shape[2:], mode="bilinear")
     near = F.max_pool2d(((alpha > 0) & (alpha < 1)).float(), 33, 1, 16) > 0
     there = psnr(gain.light(photo, plain).clamp(0, 1), true, near)
@@ -133,7 +133,7 @@ def test_a_cast_shadow_on_skin_stays_sharp():
     )
     true, crop = lit(photo, torch.where(grid(photo)[1] > 0.5, -2.0, 0.0)), square(photo, 64)
     edited = crop.apply(true).clamp(0, 1)
-    out = align.paste_back(photo, edited, crop)
+    out = composite.paste_back(photo, edited, crop)
     away = (crop.apply(out) - edited).abs()[..., 16:48, 16:48]
     assert away.mean() < 0.005 and away.max() < 0.07
     middle = out[..., 128:384, :].mean((0, 1, 2))
@@ -145,11 +145,11 @@ def test_black_pixels_and_wild_edits_stay_bounded():
     dark = 0.02 * torch.rand(1, 3, 256, 256, generator=g)
     crop = square(dark, 32)
     noise = (crop.apply(dark) + 0.02 * torch.rand(1, 3, 32, 32, generator=g)).clamp(0, 1)
-    assert (align.paste_back(dark, noise, crop) - dark).abs().max() < 0.04
+    assert (composite.paste_back(dark, noise, crop) - dark).abs().max() < 0.04
     black, white = torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)
     assert gain.stops(white, black).max() == 3 and gain.stops(black, white).min() == -3
     assert gain.stops(black, black).abs().max() == 0
-    out = align.paste_back(
+    out = composite.paste_back(
         torch.rand(1, 3, 256, 256, generator=g), torch.rand(1, 3, 32, 32, generator=g), crop
     )
     assert torch.isfinite(out).all() and out.min() >= 0 and out.max() <= 1
@@ -169,25 +169,25 @@ def test_colour_errors_are_calmed_and_coloured_light_is_not():
     assert error.std() < 0.25 * (noise - noise.mean(1, keepdim=True)).std()
 
 
-def test_enlarging():
-    guide = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    even = torch.tensor([0.5, -1.0, 2.0])[:, None, None].expand(2, 3, 16, 16)
-    torch.testing.assert_close(
-        gain.enlarge(even, guide), even[..., :1, :1].expand(2, 3, 64, 64), atol=0.02, rtol=0
-    )
-    assert torch.equal(
-        gain.double(even[..., :8, :8], guide[..., :8, :8], guide[..., :16, :16])[0, 0] > 0,
-        torch.ones(16, 16) > 0,
-    )
+def test_enlarging_many_gains_of_one_photo_is_enlarging_each():
+    g = torch.Generator().manual_seed(0)
+    guides = gain.guides(torch.rand(1, 3, 64, 64, generator=g), 16)
+    assert [x.shape[-1] for x in guides] == [64, 32, 16]
+    even = torch.tensor([0.5, -1.0, 2.0])[:, None, None].expand(1, 3, 16, 16)
+    gains = torch.cat([even, torch.randn(2, 3, 16, 16, generator=g)])
+    large = gain.enlarge(gains, guides)
+    torch.testing.assert_close(large[:1], even[..., :1, :1].expand(1, 3, 64, 64), atol=0.02, rtol=0)
+    for i in range(3):
+        torch.testing.assert_close(large[i : i + 1], gain.enlarge(gains[i : i + 1], guides))
     with pytest.raises(ValueError, match="no doubling"):
-        gain.enlarge(even, guide[..., :48, :48])
+        gain.guides(torch.rand(1, 3, 48, 48), 16)
 
 
 @pytest.mark.slow
 def test_a_4000_pixel_portrait_comes_back_as_one():
     photo = torch.rand(1, 3, 5000, 4000, generator=torch.Generator().manual_seed(0))
     crop = square(photo, 128, 0.8)
-    out = align.paste_back(photo, lit(crop.apply(photo).clamp(0, 1), torch.tensor(-1.0)), crop)
+    out = composite.paste_back(photo, lit(crop.apply(photo).clamp(0, 1), torch.tensor(-1.0)), crop)
     assert out.shape == photo.shape
     assert torch.equal(out[..., :800, :], photo[..., :800, :])
     middle = (slice(None), slice(None), slice(2000, 3000), slice(1500, 2500))

@@ -233,7 +233,7 @@ def face_model(pack, installed):
 
 def aligned(pack, face_model, photo, size):
     """Image, crop, code, light, overlay of the nodes."""
-    image, crop, points = pack.run("AlignFace", photo=picture(photo[0]), size=size, landmarks=photo[1])
+    image, crop, points, _ = pack.run("AlignFace", photo=picture(photo[0]), size=size, landmarks=photo[1])
     return image, crop, *pack.run("DECAEncode", face_model=face_model, image=image, landmarks=points)
 
 
@@ -326,7 +326,7 @@ def test_encode_without_deca_says_what_to_do(pack, head, scene, face):
 
 
 def test_fit_to_landmarks_works_on_flame_too(pack, installed, face_model, flame, photo):
-    image, _, points = pack.run("AlignFace", photo=picture(photo[0]), size=128, landmarks=photo[1])
+    image, _, points, _ = pack.run("AlignFace", photo=picture(photo[0]), size=128, landmarks=photo[1])
     code, _, overlay = pack.run("FitToLandmarks", face_model=face_model, image=image, landmarks=points)
     assert code.head == "flame" and code.pose[:, :3].abs().max() < 0.05
     seen = landmark_fit.residual(flame.head, code, points)
@@ -336,7 +336,7 @@ def test_fit_to_landmarks_works_on_flame_too(pack, installed, face_model, flame,
 
 
 def test_encode_many_faces_and_a_head_without_texture(pack, installed, face_model, photo):
-    image, _, points = pack.run("AlignFace", photo=picture(photo[0]), size=64, landmarks=photo[1])
+    image, _, points, _ = pack.run("AlignFace", photo=picture(photo[0]), size=64, landmarks=photo[1])
     dark = torch.cat([image, image * 0.5])
     code, light, overlay = pack.run(
         "DECAEncode", face_model=face_model, image=dark, landmarks=points.expand(2, -1, -1)

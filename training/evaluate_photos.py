@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from rig_core import align, buffers, conditions, light_prior, pipeline, sh
+from rig_core import align, buffers, composite, conditions, light_prior, pipeline, sh
 from rig_core.data import Dataset
 from rig_core.estimators import landmark_fit, shadow
 from training.evaluate_pairs import Tools, at_size
@@ -100,7 +100,7 @@ class Relighter:
 def touched(portrait: pipeline.Portrait, small: pipeline.Portrait, edit: pipeline.Edit) -> Tensor:
     """Where paste may change the photo: its soft mask, a pixel or two wider for the enlarging."""
     size = portrait.crop.size
-    mask = align.soft_mask(edit.mask, small.crop, photo_size=(size, size))
+    mask = composite.soft_mask(edit.mask, small.crop, photo_size=(size, size))
     mask = F.interpolate(mask, (size, size), mode="bilinear") if mask.shape[-1] != size else mask
     return F.max_pool2d((mask > 0).float(), 5, 1, 2)
 

@@ -137,13 +137,14 @@ def from_tensors(tensors: dict[str, Tensor]) -> FaceNetworks:
 
     Raises ValueError when tensors are missing or do not fit.
     """
-    nets = FaceNetworks(FaceNet(), LandmarkNet())
+    with torch.device("meta"):  # draws no random numbers
+        nets = FaceNetworks(FaceNet(), LandmarkNet())
     for name in ("finder", "landmarks"):
         part = {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + ".")}
         part = {k: v.float() if v.is_floating_point() else v for k, v in part.items()}
         net = getattr(nets, name)
         try:
-            net.load_state_dict(part)
+            net.load_state_dict(part, assign=True)
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
             raise ValueError(f"this is no landmark checkpoint: {reason}") from error
@@ -151,11 +152,16 @@ def from_tensors(tensors: dict[str, Tensor]) -> FaceNetworks:
     return nets
 
 
-@functools.lru_cache(maxsize=2)
-def default_networks(device: str = "cpu") -> FaceNetworks:
-    """The networks that come with the pack, read once a device."""
+@functools.cache
+def _own() -> FaceNetworks:
     with torch.inference_mode(False):
-        return from_tensors(files.read(files.ASSETS / "landmarks.safetensors")[0]).to(device)
+        return from_tensors(files.read(files.ASSETS / "landmarks.safetensors")[0])
+
+
+def default_networks(device: str = "cpu") -> FaceNetworks:
+    """The networks that come with the pack, read once; they move to where they are asked for last."""
+    with torch.inference_mode(False):
+        return _own().to(device)
 
 
 def find_faces(

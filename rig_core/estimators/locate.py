@@ -1,14 +1,121 @@
-"""One face in every picture: find, choose, and say what happens where there is none."""
+"""The faces of every picture: find, choose, and say what happens where there is none.
+
+`look` answers for one picture, `gather` joins the pictures of a batch or a film, `steady` takes the jitter
+out of it. Boxes are (x0, y0, x1, y1) px, points as in `landmarks`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .. import motion
 from . import landmarks
 
 ORDERS = ("largest", "left to right", "top to bottom", "most central")
 MISSING = ("error", "previous", "pass through")
+FACES = ("one", "all")
+INSIDE = 0.3  # share of the smaller box that a face must have in common with a given one, or with the last
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The faces of one picture.
+
+    boxes [N,4] in the chosen order; chosen: numbers of those that are wanted; points [K,68,2] of these.
+    guessed: how many of these were not found, but are only where a box was given. why: there is none.
+    """
+
+    boxes: Tensor
+    chosen: tuple[int, ...]
+    points: Tensor
+    guessed: int = 0
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Faces:
+    """The chosen faces of a batch of pictures, at least one each.
+
+    points [M,68,2]; photo [M] long, on the CPU: which picture each is of, rising; found [M] bool, on the CPU:
+    False where it is only a place taken from another picture.
+    """
+
+    points: Tensor
+    photo: Tensor
+    found: Tensor
+
+
+def look(
+    picture: Tensor,
+    order: str = "largest",
+    index: int = 0,
+    faces: str = "one",
+    mask: Tensor | None = None,
+    boxes: Tensor | None = None,
+    points: Tensor | None = None,
+) -> Seen:
+    """The faces of a picture [1,3,H,W] in 0..1.
+
+    order, index: which face, counted from 0 in that order; faces "all" takes every one and ignores index.
+    mask [1,1,h,w] of any size keeps the faces whose centre lies where it is above one half.
+    boxes [K,4] keep the faces that overlap these most; where there is none, landmarks are sought in the box.
+    points [N,68,2]: the faces that there are, if they are known; else they are found.
+    """
+    if order not in ORDERS or faces not in FACES:
+        raise ValueError(f"order is one of {ORDERS}, faces one of {FACES}; got '{order}', '{faces}'")
+    there = _find(picture) if points is None else landmarks.bounding_boxes(points)
+    known = torch.arange(len(there), device=there.device)  # of which of the points; -1: of a given box
+    total = len(there)
+    if boxes is not None:
+        there, known = _matched(there, boxes.to(there))
+    rank = ranked(there, picture.shape[-2:], order, mask)
+    there, known = there[rank], known[rank]
+    chosen = tuple(range(len(there))) if faces == "all" else (index,) if 0 <= index < len(there) else ()
+    if not chosen:
+        why = _why(total, len(there), index, mask is not None, boxes)
+        return Seen(there, (), picture.new_zeros(0, 68, 2), why=why)
+    at = list(chosen)
+    guessed = int((known[at] < 0).sum())
+    if points is None or guessed:
+        found = landmarks.find_landmarks(picture, there[at])
+        if points is not None:
+            own = known[at] >= 0
+            found[own] = points[known[at][own]].to(found)
+    else:
+        found = points[known[at]]
+    return Seen(there, chosen, found, guessed)
+
+
+def gather(seen: Iterable[Seen], n: int, missing: str = "error") -> tuple[list[Seen], Faces]:
+    """Join what `look` saw in n pictures.
+
+    missing: "error" raises NoFaceError at the first picture without a wanted face. Else it takes the places
+    of the nearest earlier picture (of a later one at the beginning): "previous" all of them, "pass through"
+    the first, to fill the batch; found tells which pictures had their own.
+    Raises NoFaceError when no picture has a face.
+    """
+    if missing not in MISSING:
+        raise ValueError(f"missing is one of {MISSING}, got '{missing}'")
+    kept: list[Seen] = []
+    for s in seen:
+        if missing == "error" and not s.chosen:
+            raise landmarks.NoFaceError(s.why.format(where=_where(len(kept), n)))
+        kept.append(s)
+    last = next((s.points for s in kept if s.chosen), None)
+    if last is None:
+        raise landmarks.NoFaceError(kept[0].why.format(where=_where(0, n)))
+    points, photo, found = [], [], []
+    for i, s in enumerate(kept):
+        last = s.points if s.chosen else last
+        here = last if s.chosen or missing == "previous" else last[:1]
+        points.append(here)
+        photo += [i] * len(here)
+        found += [bool(s.chosen)] * len(here)
+    return kept, Faces(torch.cat(points), torch.tensor(photo), torch.tensor(found))
 
 
 def locate(
@@ -16,70 +123,120 @@ def locate(
 ) -> tuple[Tensor, Tensor]:
     """Landmarks of one face a picture: image [B,3,H,W] in 0..1 -> landmarks [B,68,2] px, found [B] bool.
 
-    order, index: which face, counted from 0 in that order; the mask [B,1,H,W] or [1,1,H,W], when given,
-    keeps only faces whose centre lies where it is above one half.
-    missing: "error" raises NoFaceError; "previous" and "pass through" fill a gap with the nearest earlier
-    landmarks (later ones at the beginning), found tells which pictures had their own.
-    Raises NoFaceError when no picture has a face, or not as many as `index` asks for.
+    mask [B,1,h,w] or [1,1,h,w]. The rest, and what is raised, as in `look` and `gather`.
     """
-    if order not in ORDERS or missing not in MISSING:
-        raise ValueError(f"order is one of {ORDERS}, missing one of {MISSING}; got '{order}', '{missing}'")
-    found: list[Tensor | None] = []
-    for i, picture in enumerate(image.split(1)):
-        boxes = _boxes(picture)
-        here = None if mask is None else mask[i if len(mask) == len(image) else 0, 0]
-        box = choose(boxes, picture.shape[-2:], order, index, here)
-        if box is None and missing == "error":
-            raise landmarks.NoFaceError(_why(i, len(image), len(boxes), index, mask is not None))
-        found.append(None if box is None else landmarks.find_landmarks(picture, box))
-    if all(f is None for f in found):
-        raise landmarks.NoFaceError(_why(0, len(image), 0, index, mask is not None))
-    known = torch.tensor([f is not None for f in found], device=image.device)
-    return torch.cat(_fill(found)), known
+    masks = [None] * len(image) if mask is None else mask.expand(len(image), -1, -1, -1).split(1)
+    seen = (look(x, order, index, mask=m) for x, m in zip(image.split(1), masks))
+    faces = gather(seen, len(image), missing)[1]
+    return faces.points, faces.found
 
 
-def _boxes(picture: Tensor) -> Tensor:
+def ranked(boxes: Tensor, size, order: str, mask: Tensor | None = None) -> Tensor:
+    """Numbers of the boxes [N,4] in the given order, those outside of the mask [1,1,h,w] left out.
+
+    size: (H, W) of the picture. mask: of any size over the same picture.
+    """
+    x, y = (boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    off_centre = (x - size[1] / 2).square() + (y - size[0] / 2).square()
+    rank = {"largest": -area, "left to right": x, "top to bottom": y, "most central": off_centre}[order]
+    rank = rank.argsort()
+    if mask is None or not len(boxes):
+        return rank
+    h, w = mask.shape[-2:]
+    column = ((x + 0.5) * w / size[1]).long().clamp(0, w - 1)
+    row = ((y + 0.5) * h / size[0]).long().clamp(0, h - 1)
+    return rank[mask[0, 0, row, column][rank] > 0.5]
+
+
+def steady(faces: Faces, frames: float) -> Tensor:
+    """Landmarks [M,68,2] of a film whose jitter is smoothed over so many frames (a Gaussian's deviation).
+
+    A face is followed from picture to picture by its place; at a cut, or where it jumps, smoothing ends.
+    """
+    points, track = faces.points.clone(), tracks(faces)
+    for t in track.unique():
+        here = track == t
+        points[here] = motion.smooth(faces.points[here], frames)
+    return points
+
+
+def tracks(faces: Faces) -> Tensor:
+    """[M] long: faces of pictures that follow each other get one number where their boxes overlap best."""
+    boxes, photo = landmarks.bounding_boxes(faces.points), faces.photo.tolist()
+    numbers, count, last, here = [], 0, [], []
+    for i in range(len(photo)):
+        if i and photo[i] != photo[i - 1]:
+            last, here = here, []
+        share = [(float(_overlap(boxes[i : i + 1], boxes[j : j + 1])[0]), j) for j in last]
+        best, j = max(share, default=(0.0, -1))
+        if best > INSIDE:
+            last = [k for k in last if k != j]
+            numbers.append(numbers[j])
+        else:
+            numbers.append(count)
+            count += 1
+        here.append(i)
+    return torch.tensor(numbers)
+
+
+def _find(picture: Tensor) -> Tensor:
     try:
         return landmarks.find_faces(picture)[0]
     except landmarks.NoFaceError:
         return picture.new_zeros(0, 4)
 
 
-def choose(boxes: Tensor, size, order: str, index: int, mask: Tensor | None = None) -> Tensor | None:
-    """The index-th of boxes [N,4] (x0, y0, x1, y1) in the given order, [1,4]; None when there is no such box.
-
-    size: (H, W) of the picture. mask [h,w] of any size over the same picture.
-    """
-    x, y = (boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    off_centre = (x - size[1] / 2).square() + (y - size[0] / 2).square()
-    rank = {"largest": -area, "left to right": x, "top to bottom": y, "most central": off_centre}[order]
-    boxes, inside = boxes[rank.argsort()], torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
-    if mask is not None and len(boxes):
-        x, y = (boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2
-        col = ((x + 0.5) * mask.shape[1] / size[1]).long().clamp(0, mask.shape[1] - 1)
-        row = ((y + 0.5) * mask.shape[0] / size[0]).long().clamp(0, mask.shape[0] - 1)
-        inside = mask[row, col] > 0.5
-    boxes = boxes[inside]
-    return boxes[index : index + 1] if 0 <= index < len(boxes) else None
+def _overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every box a [N,4] with every b [K,4], [N,K]: intersection over union, and over the smaller."""
+    low = torch.maximum(a[:, None, :2], b[None, :, :2])
+    common = (torch.minimum(a[:, None, 2:], b[None, :, 2:]) - low).clamp_min(0).prod(-1)
+    first, second = ((x[:, 2:] - x[:, :2]).clamp_min(0).prod(-1) for x in (a, b))
+    union = first[:, None] + second[None] - common
+    return common / union.clamp_min(1e-6), common / torch.minimum(first[:, None], second[None]).clamp_min(
+        1e-6
+    )
 
 
-def _fill(found: list[Tensor | None]) -> list[Tensor]:
-    first = next(f for f in found if f is not None)
-    filled: list[Tensor] = []
-    for f in found:
-        filled.append(f if f is not None else filled[-1] if filled else first)
-    return filled
+def _matched(there: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """For each given box the face that overlaps it most, each once; the box itself where there is none."""
+    known: list[int] = []
+    alone: list[Tensor] = []
+    whole, smaller = _overlap(there, boxes)
+    for k in range(len(boxes)):
+        fits = whole[:, k] * (smaller[:, k] > INSIDE)
+        best = int(fits.argmax()) if len(there) and fits.max() > 0 else -1
+        if best < 0:
+            alone.append(boxes[k : k + 1])
+        elif best not in known:
+            known.append(best)
+    found = torch.cat([there[known], *alone])
+    numbers = torch.tensor([*known, *[-1] * len(alone)], dtype=torch.long, device=there.device)
+    return found, numbers
 
 
-def _why(i: int, n: int, faces: int, index: int, masked: bool) -> str:
-    where = f"picture {i + 1} of {n}" if n > 1 else "the picture"
-    if not faces:
+def _where(i: int, n: int) -> str:
+    return f"picture {i + 1} of {n}" if n > 1 else "the picture"
+
+
+def _why(total: int, left: int, index: int, masked: bool, boxes: Tensor | None) -> str:
+    """What to say of {where}."""
+    if boxes is not None and not len(boxes):
+        return "there is no box for {where}: give one, or choose what to do without under 'missing'"
+    if not total and boxes is None:
         return (
-            f"no face found in {where}: use a photo that shows a face from the front or side, at least some "
-            f"40 pixels wide, crop closer, or hand in landmarks"
+            "no face found in {where}: use a photo that shows a face from the front or side, at least some "
+            "40 pixels wide, crop closer, or hand in landmarks"
         )
-    count = f"{faces} face{'s' * (faces > 1)}"
     if masked:
-        return f"{where} has {count}, but face number {index} inside the mask does not exist (counted from 0)"
-    return f"{where} has {count}, there is no face number {index} (counted from 0): lower 'index'"
+        return (
+            f"{{where}} has {_count(total)}, but face number {index} inside the mask does not exist "
+            "(counted from 0)"
+        )
+    if boxes is not None:
+        return f"{{where}} has {_count(left)} in its boxes, there is no number {index} (counted from 0)"
+    return f"{{where}} has {_count(total)}, there is no face number {index} (counted from 0): lower 'index'"
+
+
+def _count(n: int) -> str:
+    return f"{n} face{'s' * (n != 1)}"
