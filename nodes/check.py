@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..rig_core import catalogue
-from . import host
+from . import host, sockets
 
 
 class CheckModels(io.ComfyNode):
@@ -17,6 +17,7 @@ class CheckModels(io.ComfyNode):
                 "Says of each file in models/face_rig what it is, whether it is whole and who takes it, "
                 "and which official files are missing, where they come from and under which licence."
             ),
+            **sockets.aliases("missing models", "checkpoints", "diagnose", "download"),
             inputs=[],
             outputs=[io.String.Output(display_name="report", tooltip="The same text as in the node.")],
             is_output_node=True,

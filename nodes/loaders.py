@@ -1,5 +1,7 @@
 """Loaders: the head model, the denoisers, and the networks that look at a photo."""
 
+from pathlib import Path
+
 from comfy_api.latest import io
 
 from ..rig_core import checkpoints, flame_files
@@ -9,7 +11,10 @@ FILES = (
     "A file in models/face_rig (.safetensors, or as published), or the small one that comes with the pack."
 )
 BESIDE = "beside it, same name"
+SHADOW_WEIGHTS = "shadow_cls_weight.pkl"  # beside DiffAE's last.ckpt
 PARSER = "79999_iter.pth"
+FETCH = host.fetch_entry(PARSER)
+INSTEAD = f"choose '{FETCH}', or leave the face parser out, it is optional"
 
 
 class LoadFaceModel(io.ComfyNode):
@@ -23,6 +28,7 @@ class LoadFaceModel(io.ComfyNode):
                 "Loads the 3D head that photos are fitted to, and DECA with FLAME. Use one for estimating, "
                 "editing and rendering."
             ),
+            **sockets.aliases("flame", "deca", "3dmm", "3d head"),
             inputs=[
                 io.Combo.Input(
                     "file",
@@ -42,6 +48,10 @@ class LoadFaceModel(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, file=None):
+        return host.missing_model(file)
+
+    @classmethod
     def fingerprint_inputs(cls, file):
         return host.model_fingerprint(file, lambda folder: flame_files.find(folder).values())
 
@@ -59,6 +69,7 @@ class LoadDiffusionRig(io.ComfyNode):
             display_name="Load DiffusionRig",
             category="Face Rig/loaders",
             description="Loads a DiffusionRig denoiser as a MODEL. The host's samplers run on it too.",
+            **sockets.aliases("relight", "checkpoint", "portrait", "diffusion rig"),
             inputs=[
                 io.Combo.Input(
                     "file", options=host.model_names(), default=host.DEFAULT, tooltip="The denoiser. " + FILES
@@ -72,6 +83,10 @@ class LoadDiffusionRig(io.ComfyNode):
                 ),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, file=None):
+        return host.missing_model(file)
 
     @classmethod
     def fingerprint_inputs(cls, file):
@@ -94,6 +109,7 @@ class LoadDiFaReli(io.ComfyNode):
             description=(
                 "Loads a DiFaReli denoiser with its Modulator as a MODEL. The host's samplers run on it too."
             ),
+            **sockets.aliases("relight", "checkpoint", "light", "diffusion face relighting"),
             inputs=[
                 io.Combo.Input(
                     "file",
@@ -124,13 +140,19 @@ class LoadDiFaReli(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, file=None):
+        return host.missing_model(file)
+
+    @classmethod
     def fingerprint_inputs(cls, file, modulator):
         second = file.replace("ImgCond", "ImgEncoder") if modulator == BESIDE else modulator
         return host.model_fingerprint(file) + host.model_fingerprint(second)
 
     @classmethod
     def execute(cls, file, modulator):
-        second = None if modulator == BESIDE else host.model_path(modulator, f"choose '{BESIDE}'")
+        second = (
+            None if modulator == BESIDE else host.model_path(modulator, f"choose '{BESIDE}'", "modulator")
+        )
         with host.gradients():
             net, meta = checkpoints.load_relight(host.model_path(file), second)
             return io.NodeOutput(host.model(net, meta), host.picture_size(net, meta))
@@ -147,6 +169,7 @@ class LoadIdentityEncoder(io.ComfyNode):
                 "Loads the network that tells persons apart (ArcFace). DiFaReli needs the one of its "
                 "training."
             ),
+            **sockets.aliases("arcface", "identity", "face recognition"),
             inputs=[
                 io.Combo.Input(
                     "file",
@@ -166,6 +189,10 @@ class LoadIdentityEncoder(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, file=None):
+        return host.missing_model(file)
+
+    @classmethod
     def fingerprint_inputs(cls, file):
         return host.model_fingerprint(file)
 
@@ -183,6 +210,7 @@ class LoadShadowEstimator(io.ComfyNode):
             display_name="Load Shadow Estimator",
             category="Face Rig/loaders",
             description="Loads the network that says how strong the cast shadows on a face are.",
+            **sockets.aliases("diffae", "cast shadow"),
             inputs=[
                 io.Combo.Input(
                     "file",
@@ -200,8 +228,12 @@ class LoadShadowEstimator(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, file=None):
+        return host.missing_model(file)
+
+    @classmethod
     def fingerprint_inputs(cls, file):
-        return host.model_fingerprint(file)
+        return host.model_fingerprint(file, lambda folder: Path(folder).glob(SHADOW_WEIGHTS))
 
     @classmethod
     def execute(cls, file):
@@ -220,23 +252,34 @@ class LoadFaceParser(io.ComfyNode):
                 "Loads the network that names every pixel of a face (BiSeNet, 19 classes). Optional: "
                 "without it the head's mask is made from the fitted head and the photo's colours."
             ),
+            **sockets.aliases("bisenet", "face segmentation", "face mask", "download"),
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=host.model_names(PARSER),
+                    options=host.offered_names(PARSER),
                     default=PARSER,
-                    tooltip=f"The published {PARSER} of face-parsing.PyTorch, in models/face_rig.",
+                    tooltip=(
+                        f"The published {PARSER} of face-parsing.PyTorch, in models/face_rig. While it is "
+                        "not there, the entry 'download' fetches it once. Trained on CelebAMask-HQ, which "
+                        "is for non-commercial research."
+                    ),
                 )
             ],
             outputs=[sockets.FaceParser.Output(display_name="face_parser", tooltip="For Face Parse.")],
         )
 
     @classmethod
+    def validate_inputs(cls, file=None):
+        return file == FETCH or host.missing_model(file, INSTEAD)
+
+    @classmethod
     def fingerprint_inputs(cls, file):
-        return host.model_fingerprint(file)
+        return host.model_fingerprint(host.meant(file))
 
     @classmethod
     def execute(cls, file):
-        path = host.model_path(file, "leave the face parser out, it is optional")
+        if file == FETCH:
+            host.fetch_model(PARSER)
+        path = host.model_path(host.meant(file), INSTEAD)
         with host.gradients():
             return io.NodeOutput(host.estimator(checkpoints.load_parser(path)))

@@ -23,6 +23,7 @@ class TrainPersonalModel(io.ComfyNode):
                 "Teaches a DiffusionRig one person from some 20 photos (its stage 2). The model appears in "
                 "Load DiffusionRig. Stop keeps what is done; the same name with 'resume' goes on."
             ),
+            **sockets.aliases("fine-tune", "finetune", "lora", "identity", "album", "train"),
             inputs=[
                 io.Combo.Input(
                     "album",
@@ -122,7 +123,7 @@ class TrainPersonalModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, album, name, face_model, base, steps, learning_rate, batch, rank, seed, resume):
-        path, out, file = host.new_model_path(name), host.run_path(name), host.model_path(base)
+        path, out, file = host.new_model_path(name), host.run_path(name), host.model_path(base, widget="base")
         check_new(path, (out / train.STATE).exists(), resume)
         if rank and file and Path(file).parent != path.parent:
             raise ValueError(f"'rank': adapters need their base beside them: move {file} into {path.parent}")
@@ -222,6 +223,7 @@ class MeanShape(io.ComfyNode):
                 "Gives faces the shape that a personal model has learned from its album. Put it right after "
                 "the fit, before edits. With a general model the face stays as it is."
             ),
+            **sockets.aliases("identity", "personal", "stage 2"),
             inputs=[
                 sockets.FaceModel.Input("face_model", tooltip="The one that the face was fitted with."),
                 sockets.FaceCode.Input(

@@ -274,7 +274,7 @@ KNOWN = (
     Known(
         "bisenet", "BiSeNet face parser", "Load Face Parser", "bisenet", published="79999_iter.pth",
         signs={"cp.resnet.conv1.weight": None, "conv_out.conv_out.weight": (19, None, None, None)},
-        source="https://github.com/zllrunning/face-parsing.PyTorch, the pre-trained model of its README",
+        source="Load Face Parser fetches it, or https://github.com/zllrunning/face-parsing.PyTorch (README)",
         licence="code MIT; trained on CelebAMask-HQ, non-commercial research only", check=_network(BiSeNet),
     ),
     Known("head", "open head", "Load Face Model", "open_head"),
