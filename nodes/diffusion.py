@@ -44,9 +44,8 @@ SEED = io.Int.Input(
 
 
 def _random(seed, n, height, width):
-    """Noise [n,3,height,width], drawn on the CPU so that a seed means the same everywhere."""
-    noise = torch.randn(n, 3, height, width, generator=torch.Generator().manual_seed(seed))
-    return noise.to(host.device())
+    """Noise [n,3,height,width] on the CPU, so that a seed means the same everywhere."""
+    return torch.randn(n, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
 def _how(preset, steps, solver, spacing) -> tuple[str, str]:
@@ -80,6 +79,7 @@ class DiffusionRigCondition(io.ComfyNode):
                 "What the denoiser is told: the buffers (geometry, light, albedo) and a global code of "
                 "the photo (hair, background, everything else). Computed once, not once per step."
             ),
+            **sockets.aliases("conditioning", "physical buffers"),
             inputs=[
                 io.Model.Input("model", tooltip="From Load DiffusionRig."),
                 io.Image.Input("image", tooltip="The aligned photo whose appearance is kept."),
@@ -102,19 +102,23 @@ class DiffusionRigCondition(io.ComfyNode):
     def execute(cls, model, image, buffers):
         host.denoiser(model, DiffusionRig)
         rig = host.loaded(model)
-        x = host.pictures(image, "image")
+        n, *sides = host.check_pictures(image, "image")
         size = rig.config.image_size
-        for name, got in ("image", x), ("buffers", buffers.mask):
-            if tuple(got.shape[2:]) != (size, size):
+        for name, (height, width) in ("image", sides), ("buffers", buffers.mask.shape[2:]):
+            if (height, width) != (size, size):
                 raise ValueError(
-                    f"'{name}' is {got.shape[3]} x {got.shape[2]} pixels, this DiffusionRig works at "
-                    f"{size} x {size}: set the size of Align Face to {size}"
+                    f"'{name}' is {width} x {height} pixels, this DiffusionRig works at {size} x {size}: "
+                    f"set the size of Align Face to {size}"
                 )
-        n = max(len(x), len(buffers))
-        x, buffers = host.repeat(x, n, "image"), host.repeat(buffers, n, "buffers")
-        physical = buffers.stack().to(x.device)
-        c = rig.condition(physical, x * 2 - 1)
-        return io.NodeOutput(sockets.conditioning(DiffusionRig, c.physical, c.code, c.gain, c.offset))
+        n = max(n, len(buffers))
+        image, buffers = host.repeat(image, n, "image"), host.repeat(buffers, n, "buffers")
+        parts = []
+        for p in host.chunks(n, size, size):
+            x = host.pictures(image[p], "image") * 2 - 1
+            c = rig.condition(buffers[p].stack().to(x.device), x)
+            parts.append([host.result(v) for v in (c.physical, c.code, c.gain, c.offset)])
+        fields = [host.joined(list(v)) for v in zip(*parts, strict=True)]
+        return io.NodeOutput(sockets.conditioning(DiffusionRig, *fields))
 
 
 class DDIMInvert(io.ComfyNode):
@@ -128,6 +132,7 @@ class DDIMInvert(io.ComfyNode):
                 "Finds the noise that the sampler turns back into the photo, so that an edit keeps its "
                 "details. It does not depend on the edit: run once for a photo, it serves every light."
             ),
+            **sockets.aliases("inversion", "invert image", "unsample"),
             inputs=[
                 io.Model.Input("model", tooltip="From Load DiFaReli or Load DiffusionRig."),
                 io.Conditioning.Input("conditioning", tooltip="Of the face under the photo's own light."),
@@ -193,42 +198,41 @@ class DDIMInvert(io.ComfyNode):
     ):  # fmt: skip
         net = host.loaded(model)
         given, (spec, solver) = sockets.condition(conditioning, net), _how(preset, steps, solver, spacing)
-        x = host.pictures(image, "image")
-        if x.shape[2] == x.shape[3] == host.picture_size(net, model.model.meta):
-            x = conditions.shrink(x, net.config.image_size)
-        x = host.repeat(x, len(given), "image") * 2 - 1
-        n, height, width = len(x), *x.shape[2:]
-        if (height, width) != given.size:
+        _, height, width = host.check_pictures(image, "image")
+        n, size = len(given), net.config.image_size
+        if (height, width) not in (given.size, (host.picture_size(net, model.model.meta),) * 2):
             raise ValueError(
                 f"'image' is {width} x {height} pixels, the conditioning is of {given.size[1]} x "
                 f"{given.size[0]}: connect the same aligned picture to both"
             )
+        image = host.repeat(image, n, "image")
         match = match_means or preset == OFFICIAL
         if match and hidden is not None:
             raise ValueError("'hidden' and mean matching do not go together: switch 'match_means' off")
-        new = (
-            None if hidden is None else host.repeat(host.mask_pictures(hidden, "hidden", height), n, "hidden")
-        )
-        parts, schedule = host.batches(model, n, height, width), _schedule(spec)
+        if hidden is not None:
+            hidden = host.repeat(hidden.reshape(-1, *hidden.shape[-2:]), n, "hidden")
+        parts, schedule = host.batches(model, n, size, size), _schedule(spec)
         progress = host.Progress((1 + (match or paint_back)) * len(schedule) * len(parts))
         how = {"schedule": schedule, "solver": solver, "callback": progress.callback}
         noise, shifts, before = [], [], []
         for p in parts:
-            c, back = given.part(net, p), x[p]
+            c = given.part(net, p)
+            back = x = conditions.shrink(host.pictures(image[p], "image"), size) * 2 - 1
             if match:
-                x_T, shift = samplers.invert_matched(net, x[p], c, **how)
+                x_T, shift = samplers.invert_matched(net, x, c, **how)
                 back = progress.last
-                shifts.append(shift)
+                shifts.append(host.result(shift))
             else:
-                x_T = samplers.invert(net, x[p], c, **how)
-                if new is not None:
-                    x_T = pipeline.variance_mix(x_T, _random(seed, 1, height, width), new[p])
+                x_T = samplers.invert(net, x, c, **how)
+                if hidden is not None:
+                    new = host.mask_pictures(hidden[p], "hidden", size)
+                    x_T = pipeline.variance_mix(x_T, _random(seed, 1, size, size).to(x), new)
                 if paint_back:
                     back = samplers.sample(net, x_T, c, **how)
-            noise.append(x_T)
+            noise.append(host.result(x_T))
             before.append(host.image(back * 0.5 + 0.5))
-        before = torch.cat(before)
-        found = samplers.Inversion(torch.cat(noise), torch.cat(shifts, 1) if shifts else None, spec, solver)
+        before = host.joined(before)
+        found = samplers.Inversion(host.joined(noise), torch.cat(shifts, 1) if shifts else None, spec, solver)
         shown = ui.PreviewImage(host.few(before), cls=cls)
         return io.NodeOutput(sockets.noise_latent(found, model), before, ui=shown)
 
@@ -244,6 +248,7 @@ class ConditionedSample(io.ComfyNode):
                 "Paints the face anew under the conditioning, from random noise or from the noise of DDIM "
                 "Invert."
             ),
+            **sockets.aliases("sampler", "relight", "KSampler"),
             inputs=[
                 io.Model.Input("model", tooltip="From Load DiFaReli or Load DiffusionRig."),
                 io.Conditioning.Input(
@@ -326,19 +331,20 @@ class ConditionedSample(io.ComfyNode):
                     f"'noise' was made with {found.steps} steps of {found.solver}, not with {how[0]} of "
                     f"{how[1]}: choose '{AS_INVERTED}' as 'preset'"
                 )
-        x_T = host.repeat(x_T, n, "noise").to(host.device())
+        x_T = host.repeat(x_T, n, "noise")
         generator = torch.Generator().manual_seed(seed + 1)  # of the steps of ddpm
         parts, schedule = host.batches(model, n, height, width), _schedule(how[0])
         progress, made = host.Progress(len(schedule) * len(parts)), []
         for p in parts:
             f = net if before is None else pipeline.guided(net, before.part(net, p), guidance)
-            correct = samplers.Inversion(x_T[p], _rows(shifts, p), *how).shift
+            start = x_T[p].to(host.device())
+            correct = samplers.Inversion(start, _rows(shifts, p), *how).shift
             x = samplers.sample(
-                f, x_T[p], given.part(net, p), schedule, how[1], generator=generator,
+                f, start, given.part(net, p), schedule, how[1], generator=generator,
                 callback=progress.callback, correct=correct,
             )  # fmt: skip
             made.append(host.image(x * 0.5 + 0.5))
-        out = torch.cat(made)
+        out = host.joined(made)
         return io.NodeOutput(out, ui=ui.PreviewImage(host.few(out), cls=cls))
 
 

@@ -23,6 +23,7 @@ class ArcFaceEmbed(io.ComfyNode):
             display_name="ArcFace Embed",
             category="Face Rig/estimate",
             description="Who is in the picture, as a vector: DiFaReli keeps the person by it.",
+            **sockets.aliases("identity", "face recognition", "face embedding"),
             inputs=[
                 sockets.IdentityEncoder.Input("identity_encoder", tooltip="From Load Identity Encoder."),
                 io.Image.Input("image", tooltip="Aligned faces (Align Face), any size."),
@@ -37,10 +38,9 @@ class ArcFaceEmbed(io.ComfyNode):
     @classmethod
     def execute(cls, identity_encoder, image):
         net = host.loaded_estimator(identity_encoder, (ArcFace,), "identity_encoder", "Load Identity Encoder")
-        x = _squares(image)
-        progress, made = host.Progress(len(x)), []
-        for i in range(len(x)):
-            made.append(host.result(identity.embed(net, x[i : i + 1])))
+        progress, made = host.Progress(_count_squares(image)), []
+        for x in _each(image):
+            made.append(host.result(identity.embed(net, x)))
             progress.step()
         return io.NodeOutput(torch.cat(made))
 
@@ -53,6 +53,7 @@ class ShadowScalar(io.ComfyNode):
             display_name="Shadow Scalar",
             category="Face Rig/estimate",
             description="How strong the cast shadows on a face are, as one number.",
+            **sockets.aliases("cast shadow", "shadow strength"),
             inputs=[
                 sockets.ShadowEstimator.Input("shadow_estimator", tooltip="From Load Shadow Estimator."),
                 io.Image.Input("image", tooltip="Aligned faces (Align Face), any size."),
@@ -72,10 +73,9 @@ class ShadowScalar(io.ComfyNode):
     def execute(cls, shadow_estimator, image):
         kinds = (ShadowNet, DiffAEShadow)
         net = host.loaded_estimator(shadow_estimator, kinds, "shadow_estimator", "Load Shadow Estimator")
-        x = _squares(image)
-        progress, made = host.Progress(len(x)), []
-        for i in range(len(x)):
-            made.append(float(shadow.scalar(net, x[i : i + 1])))
+        progress, made = host.Progress(_count_squares(image)), []
+        for x in _each(image):
+            made.append(float(shadow.scalar(net, x)))
             progress.step()
         shown = ui.PreviewText(", ".join(f"{v:.2f}" for v in made))
         return io.NodeOutput(made[0] if len(made) == 1 else made, ui=shown)
@@ -89,6 +89,7 @@ class FaceParse(io.ComfyNode):
             display_name="Face Parse",
             category="Face Rig/estimate",
             description="Names every pixel of an aligned face: skin, hair, eyes, glasses, cloth and so on.",
+            **sockets.aliases("face segmentation", "face mask", "hair mask", "BiSeNet"),
             inputs=[
                 sockets.FaceParser.Input("face_parser", tooltip="From Load Face Parser."),
                 io.Image.Input("image", tooltip="Aligned faces (Align Face), any size; 512 px is best."),
@@ -108,15 +109,14 @@ class FaceParse(io.ComfyNode):
     @classmethod
     def execute(cls, face_parser, image, part):
         net = host.loaded_estimator(face_parser, (BiSeNet,), "face_parser", "Load Face Parser")
-        x = _squares(image)
-        progress, labels = host.Progress(len(x)), []
-        for i in range(len(x)):
-            labels.append(parsing.parse(net, x[i : i + 1]))
+        progress, masks, shown = host.Progress(_count_squares(image)), [], []
+        for x in _each(image):
+            labels = parsing.parse(net, x)
+            masks.append(host.mask(parsing.select(labels, part)))
+            shown.append(host.image(_colours(labels) * 0.7 + x * 0.3))
             progress.step()
-        labels = torch.cat(labels)
-        chosen = host.mask(parsing.select(labels, part))
-        shown = host.image(_colours(labels) * 0.7 + x * 0.3)
-        return io.NodeOutput(chosen, shown, ui=ui.PreviewImage(shown[:4], cls=cls))
+        shown = host.joined(shown)
+        return io.NodeOutput(host.joined(masks), shown, ui=ui.PreviewImage(shown[:4], cls=cls))
 
 
 class DiFaReliCondition(io.ComfyNode):
@@ -130,6 +130,7 @@ class DiFaReliCondition(io.ComfyNode):
                 "What DiFaReli is told: a grey head under the light, the photo without the head, and who "
                 "it is. Several lights give a batch that shares all but the light."
             ),
+            **sockets.aliases("relight", "face relighting", "conditioning"),
             inputs=[
                 io.Model.Input("model", tooltip="From Load DiFaReli."),
                 sockets.FaceModel.Input("face_model", tooltip="The one that the face was fitted with."),
@@ -198,17 +199,16 @@ class DiFaReliCondition(io.ComfyNode):
         cls, model, face_model, face_code, image, embed, shadow, shadow_change, strengths, cast_shadow,
         light=None, head=None,
     ):  # fmt: skip
-        net, x = host.denoiser(model, DiFaReli), host.pictures(image, "image")
+        net, (n, *sides) = host.denoiser(model, DiFaReli), host.check_pictures(image, "image")
         head_model, size = host.head(face_model), host.picture_size(net, model.model.meta)
         face_code.require_head(head_model.name)
-        _check_sizes(x, face_code, size)
-        amounts = _amounts(shadow, shadow_change, strengths).to(x)
-        photos = max(len(x), len(face_code), len(embed))
-        x = host.repeat(x, photos, "image")
-        code = host.repeat(face_code, photos, "face_code").to(x.device)
-        embed = host.repeat(embed, photos, "embed").to(x)
-        light = code.light if light is None else light.to(x)
-        given = None if head is None else host.repeat(host.mask_pictures(head, "head", size), photos, "head")
+        _check_sizes(sides, face_code, size)
+        amounts = _amounts(shadow, shadow_change, strengths)
+        photos = max(n, len(face_code), len(embed))
+        image, embed = host.repeat(image, photos, "image"), host.repeat(embed, photos, "embed")
+        code = host.repeat(face_code, photos, "face_code")
+        light = code.light if light is None else light
+        head = head if head is None else host.repeat(head.reshape(-1, *head.shape[-2:]), photos, "head")
         if photos > 1:  # video: each frame its own light, or one for all
             light = host.repeat(light, photos, "light")
             amounts = host.repeat(amounts, photos, "shadow")
@@ -221,23 +221,28 @@ class DiFaReliCondition(io.ComfyNode):
         for i in range(photos):
             own = slice(i, i + 1)
             some = slice(None) if photos == 1 else own
-            mask = matte.head_matte(head_model, code[i], x[own]) if given is None else given[own]
-            portrait = pipeline.Portrait(x[own], None, code[i])
-            background = conditions.background(x[own], mask)
-            subject = pipeline.Subject(background, embed[own], amounts[some], mask)
+            x, here = host.pictures(image[own], "image"), code[i].to(host.device())
+            if head is None:
+                mask = matte.head_matte(head_model, here, x)
+            else:
+                mask = host.mask_pictures(head[own], "head", size)
+            portrait = pipeline.Portrait(x, None, here)
+            subject = pipeline.Subject(
+                conditions.background(x, mask), embed[own].to(x), amounts[some].to(x), mask
+            )
             if net.config.image_size < size:
                 portrait, subject = pipeline.shrink(portrait, subject, net.config.image_size)
-            seen, said = _tell(net, head_model, portrait, subject, light[some], cast_shadow, progress)
+            seen, said = _tell(net, head_model, portrait, subject, light[some].to(x), cast_shadow, progress)
+            check_vector(said, net, code, embed)
             spatial.append(seen)
             vector.append(said)
-            mattes.append(subject.matte)
-        spatial, vector = torch.cat(spatial), torch.cat(vector)
-        _check_vector(vector, net, code, embed)
+            mattes.append(host.mask(subject.matte))
+        spatial, vector = host.joined(spatial), host.joined(vector)
         shown = host.few(spatial)
         shown = host.image(torch.cat([shown[:, :3], shown[:, 3:] * 0.5 + 0.5], 3))
         return io.NodeOutput(
             sockets.conditioning(DiFaReli, spatial, vector),
-            host.mask(torch.cat(mattes)),
+            host.joined(mattes),
             ui=ui.PreviewImage(shown, cls=cls),
         )
 
@@ -252,15 +257,19 @@ def _tell(net, head, portrait, subject, light, cast, progress):
     return torch.cat(spatial), host.result(vector)
 
 
-def _squares(image):
-    """The aligned pictures of IMAGE. Raises ValueError for others."""
-    x = host.pictures(image, "image", most=2048)
-    if x.shape[2] != x.shape[3]:
+def _count_squares(image) -> int:
+    """The number of aligned pictures of IMAGE. Raises ValueError for others."""
+    n, height, width = host.check_pictures(image, "image", most=2048)
+    if height != width:
         raise ValueError(
-            f"'image' is {x.shape[3]} x {x.shape[2]} pixels, an aligned face is square: put Align Face "
-            f"before it"
+            f"'image' is {width} x {height} pixels, an aligned face is square: put Align Face before it"
         )
-    return x
+    return n
+
+
+def _each(image):
+    """The pictures of IMAGE one by one, [1,3,s,s]."""
+    return (host.pictures(image[i : i + 1], "image") for i in range(len(image)))
 
 
 def _colours(labels):
@@ -270,8 +279,8 @@ def _colours(labels):
     return (0.5 + 0.5 * torch.cos(2 * torch.pi * phase)) * (labels > 0)[:, None]
 
 
-def _check_sizes(x, code, size: int) -> None:
-    for name, (height, width) in (("image", x.shape[2:]), ("face_code", code.size)):
+def _check_sizes(sides, code, size: int) -> None:
+    for name, (height, width) in (("image", sides), ("face_code", code.size)):
         if (height, width) != (size, size):
             raise ValueError(
                 f"'{name}' is of {width} x {height} pixels, this DiFaReli works at {size} x {size}: "
@@ -296,7 +305,8 @@ def _amounts(given, change: float, strengths: int):
     return amounts
 
 
-def _check_vector(vector, net, code, embed) -> None:
+def check_vector(vector, net, code, embed) -> None:
+    """Raise ValueError when a vector [N,D] of codes and embeddings is not of the length that net takes."""
     wanted = net.config.cond_dim
     if vector.shape[1] != wanted:
         raise ValueError(

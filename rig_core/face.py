@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -168,14 +169,20 @@ def axis_angle_to_matrix(r: Tensor) -> Tensor:
 
 
 def matrix_to_axis_angle(m: Tensor) -> Tensor:
-    """Inverse of `axis_angle_to_matrix`, [B,3,3] -> [B,3], angle in [0, pi)."""
+    """Inverse of `axis_angle_to_matrix`, [B,3,3] -> [B,3], angle in [0, pi]."""
     v = torch.stack(
         [m[..., 2, 1] - m[..., 1, 2], m[..., 0, 2] - m[..., 2, 0], m[..., 1, 0] - m[..., 0, 1]], -1
     )
     s = v.norm(dim=-1, keepdim=True) / 2  # sin
     c = (m.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) - 1) / 2
     angle = torch.atan2(s, c)
-    return v / 2 * torch.where(s < 1e-6, torch.ones_like(s), angle / s.clamp_min(1e-12))
+    near_zero = v / 2 * torch.where(s < 1e-6, torch.ones_like(s), angle / s.clamp_min(1e-12))
+    # at pi the antisymmetric part vanishes: the axis is the longest column of the symmetric one
+    axis = (m + m.transpose(-1, -2)) / 2 - c[..., None] * torch.eye(3, dtype=m.dtype, device=m.device)
+    longest = axis.norm(dim=-2).argmax(-1)[..., None, None].expand(*axis.shape[:-1], 1)
+    axis = F.normalize(axis.gather(-1, longest)[..., 0], dim=-1)
+    axis = torch.where((axis * v).sum(-1, keepdim=True) < 0, -axis, axis)
+    return torch.where(c < -0.999, axis * angle, near_zero)
 
 
 def slerp(a: Tensor, b: Tensor, w: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import os
 import sys
 import types
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,12 @@ _WIDGET = ("default", "socketless")
 _NUMBER = (*_WIDGET, "min", "max", "step", "control_after_generate", "display_mode", "force_input")
 
 
+class _MultiTyped(_Input):
+    def __init__(self, id, types, **fields):
+        super().__init__(id, **fields)
+        self.io_type = ",".join(t.io_type for t in types)
+
+
 def _socket(name: str, extra: tuple[str, ...] = ()):
     cls = type(name, (), {"io_type": name})
     cls.Input = type("Input", (_Input,), {"extra": extra, "io_type": name})
@@ -103,16 +109,21 @@ def _api(host: Host):
         NodeOutput=NodeOutput,
         ComfyNode=ComfyNode,
         Custom=_socket,
+        MultiType=types.SimpleNamespace(Input=_MultiTyped),
+        BBOX=_socket("BBOX"),
         Image=_socket("IMAGE"),
         Mask=_socket("MASK"),
         Latent=_socket("LATENT"),
         Model=_socket("MODEL"),
+        Video=_socket("VIDEO"),
+        Sigmas=_socket("SIGMAS"),
         Conditioning=_socket("CONDITIONING"),
         Float=_socket("FLOAT", (*_NUMBER, "round")),
         Int=_socket("INT", _NUMBER),
         Boolean=_socket("BOOLEAN", (*_WIDGET, "label_on", "label_off")),
         String=_socket("STRING", (*_WIDGET, "multiline", "placeholder", "dynamic_prompts")),
         Hidden=types.SimpleNamespace(unique_id="UNIQUE_ID"),
+        FolderType=types.SimpleNamespace(temp="temp"),
         Combo=_socket("COMBO", (*_WIDGET, "options", "control_after_generate")),
     )
 
@@ -120,11 +131,36 @@ def _api(host: Host):
         def __init__(self, image, animated=False, cls=None):
             assert image.ndim == 4 and image.shape[-1] == 3 and cls is not None
             host.previews.append(image)
+            self.values = [{"filename": f"{i}.png"} for i in range(len(image))]
+
+        def as_dict(self):
+            return {"images": self.values, "animated": (False,)}
 
     class PreviewText:
         def __init__(self, value):
             assert isinstance(value, str)
             host.texts.append(value)
+
+    class PreviewVideo:
+        def __init__(self, values):
+            host.previews += values
+
+    class VideoFromComponents:
+        def __init__(self, components):
+            self.components = components
+
+        def get_components(self):
+            return self.components
+
+    class VideoFromFile:
+        def __init__(self, file):
+            self.file = file
+
+        def get_stream_source(self):
+            return self.file
+
+        def get_components(self):
+            raise NotImplementedError
 
     class ComfyExtension:
         async def get_node_list(self):
@@ -132,7 +168,15 @@ def _api(host: Host):
 
     return {
         "io": io,
-        "ui": types.SimpleNamespace(PreviewImage=PreviewImage, PreviewText=PreviewText),
+        "ui": types.SimpleNamespace(
+            PreviewImage=PreviewImage,
+            PreviewText=PreviewText,
+            PreviewVideo=PreviewVideo,
+            SavedResult=lambda file, subfolder, kind: {"filename": file, "type": kind},
+        ),
+        "InputImpl": types.SimpleNamespace(
+            VideoFromComponents=VideoFromComponents, VideoFromFile=VideoFromFile
+        ),
         "ComfyExtension": ComfyExtension,
     }
 
@@ -152,6 +196,8 @@ def _model_management(host: Host):
         "get_torch_device": lambda: cpu,
         "intermediate_device": lambda: cpu,
         "unet_offload_device": lambda: cpu,
+        "unet_dtype": lambda model_params=0, supported_dtypes=(): torch.float32,
+        "unet_manual_cast": lambda dtype, device, supported_dtypes=(): None,
         "load_models_gpu": lambda models, memory_required=0: host.loaded.extend(models),
         "get_free_memory": lambda device: 2**32,
         "throw_exception_if_processing_interrupted": throw_exception_if_processing_interrupted,
@@ -173,7 +219,12 @@ class LatentFormat:
     scale_factor, latent_channels, latent_rgb_factors = 1.0, 4, None
 
 
+class CastWeightBiasOp:
+    comfy_cast_weights = False
+
+
 class BASE:
+    manual_cast_dtype = None
     unet_config: dict = {}
     sampling_settings: dict = {}
     latent_format = LatentFormat
@@ -182,16 +233,20 @@ class BASE:
         self.unet_config = dict(unet_config)
         self.latent_format = self.latent_format()
 
+    def set_inference_dtype(self, dtype, manual_cast_dtype):
+        self.unet_config["dtype"], self.manual_cast_dtype = dtype, manual_cast_dtype
+
 
 class BaseModel(torch.nn.Module):
     def __init__(self, model_config, model_type=None, device=None):
         super().__init__()
         assert model_config.unet_config.get("disable_unet_model_creation")
-        self.model_config = model_config
-        self.memory_usage_factor = model_config.memory_usage_factor
+        self.model_config, self.manual_cast_dtype = model_config, model_config.manual_cast_dtype
+        levels = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).neg().add(1).cumprod(0)
+        self.model_sampling = types.SimpleNamespace(sigmas=(1 / levels - 1).sqrt().float())
 
-    def memory_required(self, input_shape):
-        return input_shape[0] * input_shape[2] * input_shape[3] * 0.15 * self.memory_usage_factor * 2**20
+    def get_dtype(self):
+        return self.diffusion_model.dtype
 
 
 @dataclass
@@ -199,6 +254,16 @@ class ModelPatcher:
     model: Any
     load_device: Any
     offload_device: Any
+    post_cfg: tuple = ()
+
+    def clone(self):
+        return replace(self)
+
+    def set_model_sampler_post_cfg_function(self, function):
+        self.post_cfg += (function,)
+
+    def get_model_object(self, name):
+        return getattr(self.model, name)
 
 
 class CONDRegular:
@@ -237,9 +302,18 @@ def _folder_paths(host: Host):
         found = [os.path.join(d, file) for d in names[name][0] if os.path.isfile(os.path.join(d, file))]
         return found[0] if found else None
 
+    def get_save_image_path(prefix, output_dir, image_width=0, image_height=0):
+        folder, name = os.path.split(os.path.join(output_dir, prefix))
+        os.makedirs(folder, exist_ok=True)
+        numbers = [f[len(name) + 1 :].split("_")[0] for f in os.listdir(folder) if f.startswith(name + "_")]
+        counter = max([int(n) for n in numbers if n.isdigit()], default=0) + 1
+        return folder, name, counter, os.path.dirname(prefix), prefix
+
     return {
+        "get_save_image_path": get_save_image_path,
         "get_input_directory": lambda: str(host.folder / "input"),
         "get_output_directory": lambda: str(host.folder / "output"),
+        "get_temp_directory": lambda: str(host.folder / "temp"),
         "get_folder_paths": lambda name: list(names[name][0]),
         "models_dir": str(host.folder / "models"),
         "folder_names_and_paths": names,
@@ -267,6 +341,7 @@ def install(monkeypatch, folder: Path) -> Host:
         "comfy.model_base": {"BaseModel": BaseModel, "ModelType": types.SimpleNamespace(EPS=1)},
         "comfy.model_management": _model_management(host),
         "comfy.model_patcher": {"ModelPatcher": ModelPatcher},
+        "comfy.ops": {"CastWeightBiasOp": CastWeightBiasOp, "disable_weight_init": torch.nn},
         "comfy.supported_models_base": {"BASE": BASE},
         "comfy.utils": _utils(host),
         "folder_paths": _folder_paths(host),

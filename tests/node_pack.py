@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tests import host_double
+from tests.global_state import unchanged
 
 __all__ = ["conditioned", "face", "fresh", "head", "model", "pack", "scene"]
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +38,7 @@ class Pack:
         widgets = {i.id: i.default for i in schema.inputs if i.widget and not i.optional}
         unknown = set(inputs) - {i.id for i in schema.inputs}
         assert not unknown, unknown
-        with torch.inference_mode():
+        with torch.inference_mode(), unchanged(node_id):
             out = node.execute(**{**widgets, **inputs}).result
         assert len(out) == len(schema.outputs)
         return out
@@ -94,7 +95,7 @@ def scene(pack, head):
 @pytest.fixture(scope="module")
 def face(pack, head, scene):
     """Aligned image, crop, landmarks, code of the scene."""
-    image, crop, points = pack.run("AlignFace", photo=scene[0], size=SIZE, landmarks=scene[1])
+    image, crop, points, _ = pack.run("AlignFace", photo=scene[0], size=SIZE, landmarks=scene[1])
     code, light, overlay = pack.run("FitToLandmarks", face_model=head, image=image, landmarks=points)
     return image, crop, points, code
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import subprocess
 import sys
 
@@ -72,72 +71,6 @@ def test_every_node_explains_itself(pack):
             assert f"`{i.id}`" in page, f"{node_id}.md does not mention {i.id}"
     pages = {p.stem for p in (ROOT / "web" / "docs").glob("*.md")}
     assert pages == set(pack.nodes)
-
-
-@pytest.fixture(scope="module")
-def album(pack):
-    """input/album, which the workflow of a personal model is drawn with."""
-    folder = pack.host.folder / "input" / "album"
-    folder.mkdir()
-    (folder / "photo.png").touch()
-
-
-def widgets(schema) -> list[str]:
-    """Names of a node's values in a saved workflow, in order."""
-    names = []
-    for i in schema.inputs:
-        if i.widget:
-            names.append(i.id)
-            if i.control_after_generate:
-                names.append(i.id + ":control")
-    return names
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "workflows").glob("*.json")), ids=lambda p: p.stem)
-def test_workflow_fits_the_schemas(pack, album, path):
-    graph = json.loads(path.read_text(encoding="utf-8"))
-    assert path.with_suffix(".jpg").is_file()
-    links = {link[0]: link for link in graph["links"]}
-    seen = set()
-    for node in graph["nodes"]:
-        if not node["type"].startswith("FaceRig_"):
-            continue
-        schema = pack.nodes[node["type"]].define_schema()
-        values = dict(zip(widgets(schema), node["widgets_values"], strict=True))
-        for i in schema.inputs:
-            if i.widget and i.options is not None:
-                assert values[i.id] in i.options, (node["type"], i.id)
-            elif i.widget and i.min is not None:
-                assert i.min <= values[i.id] <= i.max, (node["type"], i.id)
-        sockets = {i.id: i for i in schema.inputs}
-        for slot, entry in enumerate(node["inputs"]):
-            assert entry["type"] == sockets[entry["name"]].io_type
-            if entry["link"] is not None:
-                assert links[entry["link"]][3:5] == [node["id"], slot]
-                seen.add(entry["link"])
-        for slot, (entry, o) in enumerate(zip(node["outputs"], schema.outputs, strict=True)):
-            assert (entry["name"], entry["type"]) == (o.display_name, o.io_type)
-            assert all(links[k][1:3] == [node["id"], slot] for k in entry["links"] or [])
-        required = {i.id for i in schema.inputs if not i.widget and not i.optional}
-        assert required <= {e["name"] for e in node["inputs"] if e["link"] is not None}
-    assert seen
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "api").glob("*.json")), ids=lambda p: p.stem)
-def test_api_graph_is_the_workflow(pack, path):
-    api = json.loads(path.read_text(encoding="utf-8"))
-    ui = json.loads((ROOT / "workflows" / path.name).read_text(encoding="utf-8"))
-    links = {link[0]: link for link in ui["links"]}
-    for node in ui["nodes"]:
-        if not node["type"].startswith("FaceRig_"):
-            continue
-        names = widgets(pack.nodes[node["type"]].define_schema())
-        want = {n: v for n, v in zip(names, node["widgets_values"], strict=True) if ":" not in n}
-        for entry in node["inputs"]:
-            if entry["link"] is not None:
-                want[entry["name"]] = [str(links[entry["link"]][1]), links[entry["link"]][2]]
-        assert api[str(node["id"])]["class_type"] == node["type"]
-        assert api[str(node["id"])]["inputs"] == want, node["type"]
 
 
 def test_checkpoints_of_another_kind_and_missing_ones(pack, model):
