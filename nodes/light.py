@@ -3,7 +3,7 @@
 import torch
 from comfy_api.latest import io, ui
 
-from ..rig_core import light_prior, pipeline, sh
+from ..rig_core import light_prior, pipeline, preview, sh
 from ..rig_core.estimators import locate
 from . import host, sockets
 from .estimate import FACE_CHOICE
@@ -11,6 +11,16 @@ from .estimate import FACE_CHOICE
 MODES = ["model range", "raw"]
 WEIGHTED, LAMPS, SEQUENCE, ARC = "weighted", "add lamps", "sequence", "sequence, spherical"
 PHOTO = 256  # px of the aligned face that a light is read from
+
+
+def _shown(cls, ball, head, code, given=None) -> dict:
+    """What the page gets: the balls, and for its own ball the photo's head, its light, the prior, 'light'."""
+    numbers = {"light": code.light[0], "mean": head.light_mean, "std": head.light_std}
+    if given is not None:
+        numbers["given"] = given[0]
+    about = {k: v.flatten().tolist() for k, v in numbers.items()}
+    about["sheet"] = host.data_url(preview.head_sheet(head, code))
+    return {**ui.PreviewImage(ball, cls=cls).as_dict(), "face_rig_light": [about]}
 
 
 class SHLightEdit(io.ComfyNode):
@@ -22,6 +32,9 @@ class SHLightEdit(io.ComfyNode):
             category="Face Rig/light",
             description=(
                 "Lights the face from a direction that you choose, or mixes that light with the photo's own."
+            ),
+            **sockets.aliases(
+                "relight", "lighting", "light ball", "spherical harmonics", "lamp", "direction of light"
             ),
             inputs=[
                 sockets.FaceModel.Input(
@@ -164,12 +177,12 @@ class SHLightEdit(io.ComfyNode):
         else:
             n = max(len(code), len(light))
             code, new = host.repeat(code, n, "face_code"), host.repeat(light.to(code.light), n, "light")
+        given = None if light is None else new
         new = sh.interpolate(code.light, new, torch.full((len(code),), mix))
-        ball = host.image(_ball(new))
+        ball = host.image(light_prior.ball(new))
         edited = code.replace(light=new)
-        return io.NodeOutput(
-            host.result(edited), host.result(new), ball, ui=ui.PreviewImage(ball[:4], cls=cls)
-        )
+        shown = _shown(cls, ball[:4], head, code, given)
+        return io.NodeOutput(host.result(edited), host.result(new), ball, ui=shown)
 
 
 class LightFromPhoto(io.ComfyNode):
@@ -180,6 +193,7 @@ class LightFromPhoto(io.ComfyNode):
             display_name="Light From Photo",
             category="Face Rig/light",
             description="Reads the light off a face in another photo, to put it on yours.",
+            **sockets.aliases("copy light", "estimate lighting", "light transfer", "spherical harmonics"),
             inputs=[
                 sockets.FaceModel.Input(
                     "face_model", tooltip="The same one that your photo's face is fitted with."
@@ -198,6 +212,7 @@ class LightFromPhoto(io.ComfyNode):
     @classmethod
     def execute(cls, face_model, photo, order, index):
         x = host.pictures(photo, "photo")
+        host.face_finder()
         points, _ = locate.locate(x, order, index)
         progress, lights, shown = host.Progress(len(x)), [], []
         with host.gradients():
@@ -206,11 +221,11 @@ class LightFromPhoto(io.ComfyNode):
                 one = x[i : i + 1].clone(), PHOTO, points[i : i + 1].clone()
                 face = pipeline.estimate(head, *one, encoder=net)
                 lights.append(host.result(face.code.light))
-                shown.append(host.image(torch.cat([face.image, _ball(face.code.light, PHOTO)], 3)))
+                shown.append(host.image(torch.cat([face.image, light_prior.ball(face.code.light, PHOTO)], 3)))
                 progress.step()
         light = torch.cat(lights)
         return io.NodeOutput(
-            light, host.image(_ball(light)), ui=ui.PreviewImage(torch.cat(shown[:4]), cls=cls)
+            light, host.image(light_prior.ball(light)), ui=ui.PreviewImage(torch.cat(shown[:4]), cls=cls)
         )
 
 
@@ -222,6 +237,7 @@ class LightOrbit(io.ComfyNode):
             display_name="Light Orbit",
             category="Face Rig/light",
             description="A lamp that goes around the head: a batch of lights, for a film of one photo.",
+            **sockets.aliases("turntable", "moving light", "light animation", "rotate light", "video"),
             inputs=[
                 sockets.FaceModel.Input(
                     "face_model",
@@ -297,12 +313,14 @@ class LightOrbit(io.ComfyNode):
         face_code.require_head(head.name)
         if len(face_code) != 1:
             raise ValueError(f"'face_code' holds {len(face_code)} faces, an orbit goes around one")
+        code = face_code.to(host.device())
         light = light_prior.orbit(
-            face_code.light.to(host.device()), frames, start, arc, elevation, intensity=intensity,
+            code.light, frames, start, arc, elevation, intensity=intensity,
             ambient=ambient, softness=softness, mean=head.light_mean, std=head.light_std,
         )  # fmt: skip
-        ball = host.image(_ball(light))
-        return io.NodeOutput(host.result(light), ball, ui=ui.PreviewImage(host.few(ball, 8), cls=cls))
+        ball = host.image(light_prior.ball(light))
+        shown = _shown(cls, host.few(ball, 8), head, code)
+        return io.NodeOutput(host.result(light), ball, ui=shown)
 
 
 class MixLights(io.ComfyNode):
@@ -315,6 +333,7 @@ class MixLights(io.ComfyNode):
             description=(
                 "Blends two lights, switches both on at once, or goes from one to the other in steps."
             ),
+            **sockets.aliases("blend lights", "interpolate light", "add lamps", "two lights"),
             inputs=[
                 sockets.SHLight.Input("light_a", tooltip="The first light, or a batch."),
                 sockets.SHLight.Input("light_b", tooltip="The second light, or as many."),
@@ -377,14 +396,5 @@ class MixLights(io.ComfyNode):
             light = sh.encode_light(sh.mix(linear, weights))
         else:
             raise ValueError(f"'mode' is {WEIGHTED}, {LAMPS}, {SEQUENCE} or {ARC}, not '{mode}'")
-        ball = host.image(_ball(light))
+        ball = host.image(light_prior.ball(light))
         return io.NodeOutput(host.result(light), ball, ui=ui.PreviewImage(host.few(ball, 8), cls=cls))
-
-
-def _ball(light, size=128):
-    """A grey ball under each light, [B,3,size,size]."""
-    at = (torch.arange(size, device=light.device) * 2 + 1) / size - 1
-    y, x = torch.meshgrid(-at, at, indexing="ij")
-    z = (1 - x * x - y * y).clamp_min(0).sqrt()
-    normal = torch.stack([x, y, z])[None].expand(len(light), 3, size, size)
-    return sh.shade(normal, light) * (z > 0) * 0.5

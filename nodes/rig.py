@@ -2,28 +2,9 @@
 
 from comfy_api.latest import io, ui
 
-from ..rig_core import pipeline, warp
+from ..rig_core import pipeline, preview_mesh, warp
+from ..rig_core.preview_mesh import EXPRESSIONS
 from . import host, sockets
-
-# slider -> tooltip, the head's named shapes and their weights at 1
-EXPRESSIONS = {
-    "smile": (
-        "Corners of the mouth up",
-        {"mouthSmile_L": 1.0, "mouthSmile_R": 1.0, "cheekSquint_L": 0.4, "cheekSquint_R": 0.4},
-    ),
-    "frown": ("Corners of the mouth down", {"mouthFrown_L": 1.0, "mouthFrown_R": 1.0}),
-    "raise_brows": (
-        "Brows up",
-        {"browInnerUp_L": 1.0, "browInnerUp_R": 1.0, "browOuterUp_L": 1.0, "browOuterUp_R": 1.0},
-    ),
-    "lower_brows": ("Brows down and together", {"browDown_L": 1.0, "browDown_R": 1.0}),
-    "blink": ("Upper lids closed", {"eyeBlink_L": 1.0, "eyeBlink_R": 1.0}),
-    "squint": ("Eyes narrowed", {"eyeSquint_L": 1.0, "eyeSquint_R": 1.0}),
-    "wide_eyes": ("Eyes wide open", {"eyeWide_L": 1.0, "eyeWide_R": 1.0}),
-    "pucker": ("Lips as for a kiss", {"mouthPucker": 1.0}),
-    "puff_cheeks": ("Cheeks blown up", {"cheekPuff_L": 1.0, "cheekPuff_R": 1.0}),
-    "sneer": ("Nose wrinkled", {"noseSneer_L": 1.0, "noseSneer_R": 1.0}),
-}
 
 
 def _degrees(name, most, tooltip):
@@ -45,6 +26,9 @@ class EditFace(io.ComfyNode):
             display_name="Edit Face",
             category="Face Rig/rig",
             description="Turns the head, opens the jaw, moves the eyes, changes the expression.",
+            **sockets.aliases(
+                "pose", "turn head", "smile", "expression", "gaze", "blink", "mouth", "rotate face"
+            ),
             inputs=[
                 sockets.FaceModel.Input("face_model", tooltip="The one that the face was fitted with."),
                 sockets.FaceCode.Input("face_code", tooltip="From DECA Encode or Fit to Landmarks."),
@@ -82,9 +66,9 @@ class EditFace(io.ComfyNode):
             for name, weight in EXPRESSIONS[slider][1].items() if amount else ():
                 shapes[name] = shapes.get(name, 0.0) + weight * amount
         head, code = host.head(face_model), face_code.to(host.device())
-        return io.NodeOutput(
-            host.result(pipeline.turn(head, code, yaw, pitch, roll, jaw, (gaze_x, gaze_y), **shapes))
-        )
+        edited = pipeline.turn(head, code, yaw, pitch, roll, jaw, (gaze_x, gaze_y), **shapes)
+        fitted = host.temporary(preview_mesh.pack(head, code), ".head")
+        return io.NodeOutput(host.result(edited), ui={"face_rig_head": [fitted]})
 
 
 class MovePhoto(io.ComfyNode):
@@ -96,9 +80,9 @@ class MovePhoto(io.ComfyNode):
             category="Face Rig/rig",
             description=(
                 "Moves the aligned photo along with an edited head, so that DDIM Invert starts from a "
-                "photo that "
-                "already has the new pose. Only needed after Edit Face."
+                "photo that already has the new pose. Only needed after Edit Face."
             ),
+            **sockets.aliases("warp", "warp photo", "motion", "liquify", "follow head"),
             inputs=[
                 sockets.FaceModel.Input("face_model", tooltip="The one that the face was fitted with."),
                 io.Image.Input("image", tooltip="The aligned photo."),

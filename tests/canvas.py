@@ -18,7 +18,6 @@ STOCK = {
     "SaveImage": ({"images": "IMAGE"}, {"filename_prefix": "face_rig/picture"}, {}),
     "PreviewImage": ({"images": "IMAGE"}, {}, {}),
     "PreviewAny": ({"source": "*"}, {}, {}),
-    "EmptyImage": ({}, {"width": 512, "height": 512, "batch_size": 1, "color": 0}, {"IMAGE": "IMAGE"}),
     "ImageCompositeMasked": (
         {"destination": "IMAGE", "source": "IMAGE", "mask": "MASK?"},
         {"x": 0, "y": 0, "resize_source": False},

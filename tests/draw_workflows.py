@@ -33,7 +33,7 @@ class Face:
 
     def __init__(self, c: Canvas, photo, size, fit="FitToLandmarks", face_model=None, **align):
         self.photo, self.face_model = photo, face_model
-        c.column("2 · Find the face")
+        c.column(f"{len(c.columns) + 1} · Find the face")
         self.align = c.node("AlignFace", photo=photo, size=size, **align)
         self.image = self.align["image"]
         self.fit = c.node(
@@ -109,7 +109,8 @@ def lamp(c: Canvas, face_model, **widgets):
 def relight_a_portrait(c: Canvas) -> None:
     photo, face_model, model, size = loaders(c, "LoadDiFaReli")
     face = Face(c, photo, size, face_model=face_model)
-    save(c, difareli(c, face, model, lamp(c, face_model)), "relit")
+    light = lamp(c, face_model, azimuth=60.0, elevation=25.0, intensity=1.3, ambient=0.15)
+    save(c, difareli(c, face, model, light), "relit")
 
 
 def copy_the_light_of_a_photo(c: Canvas) -> None:
@@ -284,14 +285,17 @@ def stock_ksampler(c: Canvas) -> None:
     told = rig_condition(c, face, model, lit, "relit")
     c.column("4 · ComfyUI's own sampler")
     empty = c.node("EmptyPixelLatent", conditioning=told)["latent"]
+    clipped = c.node("ClipDenoised", model=model)["model"]
     sampled = c.node(
         "KSampler",
-        model=model,
+        model=clipped,
         positive=told,
         negative=told,
         latent_image=empty,
-        steps=30,
-        scheduler="normal",
+        seed=11,
+        steps=40,
+        sampler_name="dpmpp_2m_sde",
+        scheduler="karras",
     )["LATENT"]
     vae = c.node("VAELoader", vae_name="pixel_space")["VAE"]
     fresh = c.node("VAEDecode", "VAE Decode (from noise)", samples=sampled, vae=vae)["IMAGE"]
@@ -378,21 +382,19 @@ def relight_a_video(c: Canvas) -> None:
     c.column("1 · Your video, the models")
     video = c.node("LoadVideo")["VIDEO"]
     face_model = c.node("LoadFaceModel")["face_model"]
-    model = c.node("LoadDiFaReli")["model"]
+    model = c.node("LoadDiFaReli")
     encoder = c.node("LoadIdentityEncoder")["identity_encoder"]
     judge = c.node("LoadShadowEstimator")["shadow_estimator"]
-    c.column("2 · The light")
-    light = c.node("LightPresets", preset="rembrandt")["light"]
-    c.column("3 · Result")
+    c.column("2 · One frame of it")
+    frame = c.node("VideoFrame", video=video)["image"]
+    face = Face(c, frame, model["image_size"], face_model=face_model)
+    c.column("4 · The light: play here")
+    light = lamp(c, face_model)(face.code)
+    c.column("5 · The film")
     lit = c.node(
-        "RelightVideo",
-        video=video,
-        model=model,
-        face_model=face_model,
-        identity_encoder=encoder,
-        shadow_estimator=judge,
-        light=light,
-    )
+        "RelightVideo", video=video, model=model["model"], face_model=face_model, identity_encoder=encoder,
+        shadow_estimator=judge, light=light, preset="fast (20+20)",
+    )  # fmt: skip
     c.node("SaveVideo", video=lit["relit"], filename_prefix="face_rig/relit")
 
 

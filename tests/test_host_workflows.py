@@ -24,6 +24,11 @@ NAMES = [make.__name__ for make in draw_workflows.WORKFLOWS]
 OFFICIAL = ["official_diffusionrig", "official_difareli"]
 ASSETS = ROOT / "rig_core" / "assets"
 SIZE = 512  # of a thumbnail
+HEADS = {
+    (512, 512): (112, 0, 332, 290),
+    (512, 600): (96, 60, 416, 460),
+    (300, 300): (66, 0, 194, 170),
+}  # in the example photos, by their size
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +45,10 @@ def inputs(host) -> dict[str, Image.Image]:
     group.save(folder / "group.jpg", quality=95)
     made["group.jpg"] = group
     (folder / "album").mkdir(exist_ok=True)
-    for i, x in enumerate(synth.render([7000000, 7000001, 7000005], 160, person=[900100] * 3).image):
+    count = 12 if DRAWS else 3
+    for i, x in enumerate(
+        synth.render([7000000 + i for i in range(count)], 160, person=[900100] * count).image
+    ):
         Image.fromarray((x * 255).round().byte().permute(1, 2, 0).numpy()).save(folder / "album" / f"{i}.png")
     write_video(folder / "video.mp4", made["astronaut.jpg"].resize((300, 300)))
     return made
@@ -135,23 +143,36 @@ def test_workflow_runs(host, inputs, files, name):
 
 
 def draw(name, inputs, made, films) -> None:
-    """workflows/NAME.jpg: what goes in and what comes out."""
-    before = [inputs["group.jpg" if "group" in name else "astronaut.jpg"]]
+    """workflows/NAME.jpg: what goes in and what comes out, the heads of it."""
     if films and not made:
         made = frames(films[0])
-    if name == "train_and_use_a_personal_model":
-        shown = made[:2] + before + made[2:]
-    elif name == "copy_the_light_of_a_photo":
-        shown = [*before, inputs["grace_hopper.jpg"], *made]
-    elif name == "personal_appearance_mixing":
-        shown = [*before, inputs["grace_hopper.jpg"], *made]
-    elif len(made) > 4:
-        shown = [made[round(i * (len(made) - 1) / 3)] for i in range(4)]
+    photo, other = inputs["astronaut.jpg"], inputs["grace_hopper.jpg"]
+    half, quarter = (SIZE // 2, SIZE), (SIZE // 2, SIZE // 2)
+    if name == "several_faces_in_a_group_photo":
+        tiles = [
+            ((0, 0), (SIZE, SIZE // 2), inputs["group.jpg"]),
+            ((0, SIZE // 2), (SIZE, SIZE // 2), made[0]),
+        ]
+    elif name == "train_and_use_a_personal_model":
+        tiles = [((0, 0), (SIZE, SIZE // 2), made[0]), ((0, SIZE // 2), quarter, photo)]
+        tiles += [((SIZE // 2, SIZE // 2), quarter, made[-1])]
+    elif len(made) > 4 or name == "stock_ksampler":
+        four = [photo, *made] if len(made) < 4 else [made[i * (len(made) - 1) // 3] for i in range(4)]
+        tiles = [((i % 2 * SIZE // 2, i // 2 * SIZE // 2), quarter, x) for i, x in enumerate(four)]
+    elif name in ("copy_the_light_of_a_photo", "personal_appearance_mixing"):
+        tiles = [((0, 0), quarter, photo), ((0, SIZE // 2), quarter, other), ((SIZE // 2, 0), half, made[0])]
     else:
-        shown = before + made
-    sheet(shown, rows=name == "several_faces_in_a_group_photo").save(
-        ROOT / "workflows" / f"{name}.jpg", quality=88
-    )
+        tiles = [((0, 0), half, photo), ((SIZE // 2, 0), half, made[0])]
+    out = Image.new("RGB", (SIZE, SIZE), (24, 24, 26))
+    for (x, y), (w, h), picture in tiles:
+        head = HEADS.get(picture.size)
+        picture = picture.crop(head) if head else picture
+        wide = picture.width * h > 1.5 * w * picture.height
+        fit = (
+            ImageOps.contain(picture, (w, h)) if wide else ImageOps.fit(picture, (w, h), centering=(0.5, 0.3))
+        )
+        out.paste(fit, (x + (w - fit.width) // 2, y + (h - fit.height) // 2))
+    out.save(ROOT / "workflows" / f"{name}.jpg", quality=88)
 
 
 def frames(path) -> list[Image.Image]:
@@ -159,23 +180,3 @@ def frames(path) -> list[Image.Image]:
 
     with av.open(str(path)) as film:
         return [f.to_image() for f in film.decode(video=0)]
-
-
-def sheet(shown: list[Image.Image], rows: bool) -> Image.Image:
-    """Two to four pictures on a square: side by side, below each other, or two by two."""
-    columns = 1 if rows else 2
-    lines = -(-len(shown) // columns)
-    out = Image.new("RGB", (SIZE, SIZE), (24, 24, 26))
-    w, h = SIZE // columns, SIZE // lines
-    for i, picture in enumerate(shown):
-        wide = i == len(shown) - 1 and len(shown) % columns
-        box = (SIZE if wide else w, h)
-        fit = (
-            ImageOps.fit(picture, box, Image.LANCZOS, centering=(0.5, 0.3))
-            if picture.width < 2 * picture.height
-            else ImageOps.contain(picture, box)
-        )
-        out.paste(
-            fit, (i % columns * w + (box[0] - fit.width) // 2, i // columns * h + (box[1] - fit.height) // 2)
-        )
-    return out

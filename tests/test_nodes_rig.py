@@ -41,6 +41,32 @@ def test_edit_face_moves_what_the_sliders_say(pack, head, face):
     assert puckered[54, 0] - puckered[48, 0] < rest[54, 0] - rest[48, 0] - 0.5
 
 
+def test_edit_face_gives_the_page_the_fitted_face_and_not_the_edited_one(pack, head, face):
+    """A file in the host's temp folder, named in the ui output; the same for every setting of the sliders."""
+    node = pack.nodes["FaceRig_EditFace"]
+    rest = {i.id: i.default for i in node.define_schema().inputs if i.widget}
+
+    def shown(**edit):
+        out = node.execute(face_model=head, face_code=face[3], **{**rest, **edit})
+        assert list(out.ui) == ["face_rig_head"]
+        return out.ui["face_rig_head"][0]
+
+    entry = shown(yaw=20.0, smile=1.0)
+    assert entry == shown() and entry["type"] == "temp" and entry["subfolder"] == ""
+    file = pack.host.folder / "temp" / entry["filename"]
+    assert file.read_bytes() == pack.core.preview_mesh.pack(head, face[3])
+    assert [f.name for f in file.parent.iterdir()] == [entry["filename"]]
+    assert set(rest) == {
+        "yaw",
+        "pitch",
+        "roll",
+        "jaw",
+        "gaze_x",
+        "gaze_y",
+        *pack.core.preview_mesh.EXPRESSIONS,
+    }
+
+
 def test_every_expression_slider_is_known_to_the_head(pack, head):
     for _, shapes in pack.nodes_module.rig.EXPRESSIONS.values():
         assert set(shapes) <= set(head.expression_names)
