@@ -19,10 +19,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from rig_core import buffers, checkpoints, diffusion, light_prior, pipeline, raster, samplers
+from rig_core import (
+    align,
+    buffers,
+    checkpoints,
+    composite,
+    diffusion,
+    light_prior,
+    pipeline,
+    raster,
+    samplers,
+)
 from rig_core.denoisers.rig import DiffusionRig, RigConfig
 from rig_core.estimators import landmark_fit, landmarks
 
@@ -196,6 +207,27 @@ def bench_face(head, model: DiffusionRig, photo: Tensor, repeats: int) -> list[R
     ]
 
 
+def bench_paste(photo: Tensor, repeats: int, lights: int = 16, side: int = 1536) -> Row:
+    """Many lights of one face into one large photo, beside one light after the other."""
+    large = F.interpolate(photo, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+    crop = align.ffhq_crop(landmarks.find_landmarks(large, landmarks.find_faces(large)[0]), 128)
+    before = crop.apply(large)
+    ramp = torch.linspace(0.7, 1.3, 128, device=photo.device)
+    edits = (before * ramp ** torch.linspace(0.2, 1, lights, device=photo.device).view(-1, 1, 1, 1)).clamp(
+        0, 1
+    )
+
+    def together():
+        return composite.compose(large, [composite.place(large, crop, None, before)], [edits])
+
+    def one_by_one():
+        return [composite.paste_back(large, e[None], crop, None, before) for e in edits]
+
+    torch.testing.assert_close(together(), torch.cat(one_by_one()), atol=1e-5, rtol=0)
+    ours, plain = median_ms(max(2, repeats // 4), together, one_by_one)
+    return Row(f"paste {lights} lights into {side} px", ours, "one after the other", plain)
+
+
 def bench_relighting(rows: list[Row], head, photo: Tensor, repeats: int, quick: bool) -> str:
     """DiFaReli: its steps, added to the rows, and its own tables as Markdown."""
     from training import bench_relight as relight
@@ -284,6 +316,7 @@ def main() -> None:
         for size, batch in ((256, 1), (256, 8), (512, 1), (512, 8)):
             rows += bench_raster(head, size, batch, repeats, args.device)
         rows += bench_face(head, model, photo, repeats)
+        rows.append(bench_paste(photo, repeats))
         for size in (64, 128, 256):
             rows.append(bench_denoiser(model, "default denoiser", size, repeats, args.device))
         rows.append(bench_sampler(model, model.config.image_size, repeats, args.device))
