@@ -26,7 +26,7 @@ Run with the Python of ComfyUI, with playwright and Chromium:
 
     COMFYUI_PATH=.../ComfyUI .../python -m pytest tests/test_browser.py
 
-By hand, to look at a workflow: `... -m tests.browser relight_a_portrait FaceRig_SHLightEdit picture.png`
+By hand, to look at a workflow: `... -m tests.browser "Relight a portrait" FaceRig_SHLightEdit picture.png`
 """
 
 from __future__ import annotations
@@ -213,7 +213,8 @@ class Bench:
             self.js("async w => { await app.loadGraphData(w, true, true, 'bench') }", workflow)
         else:
             kinds = {n["class_type"] for n in workflow.values()}
-            self.js("w => { app.clean(); app.loadApiJson(w, 'bench') }", workflow)
+            # the page keeps the outputs of the graph before
+            self.js("w => { app.loadApiJson(w, 'bench'); app.nodeOutputs = {} }", workflow)
         self.settle()
         return self.js("kinds => kinds.filter(k => !LiteGraph.registered_node_types[k])", sorted(kinds))
 

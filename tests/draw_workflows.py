@@ -398,22 +398,22 @@ def relight_a_video(c: Canvas) -> None:
     c.node("SaveVideo", video=lit["relit"], filename_prefix="face_rig/relit")
 
 
-WORKFLOWS = [
-    relight_a_portrait,
-    relight_with_diffusionrig,
-    copy_the_light_of_a_photo,
-    light_orbit_to_frames,
-    shadow_strength,
-    pose_and_expression,
-    several_faces_in_a_group_photo,
-    train_and_use_a_personal_model,
-    official_diffusionrig,
-    official_difareli,
-    stock_ksampler,
-    personal_identity_transfer,
-    personal_appearance_mixing,
-    relight_a_video,
-]
+WORKFLOWS = {
+    "Relight a portrait": relight_a_portrait,
+    "Relight with DiffusionRig": relight_with_diffusionrig,
+    "Copy the light of a photo": copy_the_light_of_a_photo,
+    "Light orbit to frames": light_orbit_to_frames,
+    "Shadow strength": shadow_strength,
+    "Pose and expression": pose_and_expression,
+    "Several faces in a group photo": several_faces_in_a_group_photo,
+    "Train and use a personal model": train_and_use_a_personal_model,
+    "Official DiffusionRig": official_diffusionrig,
+    "Official DiFaReli": official_difareli,
+    "Stock KSampler": stock_ksampler,
+    "Personal identity transfer": personal_identity_transfer,
+    "Personal appearance mixing": personal_appearance_mixing,
+    "Relight a video": relight_a_video,
+}
 
 
 def note(name: str) -> str:
@@ -426,10 +426,10 @@ def note(name: str) -> str:
 def draw(schemas: dict) -> dict[str, Canvas]:
     """Every workflow by name. schemas: node id -> Schema."""
     drawn = {}
-    for make in WORKFLOWS:
-        drawn[make.__name__] = c = Canvas(make.__name__, schemas)
+    for name, make in WORKFLOWS.items():
+        drawn[name] = c = Canvas(name, schemas)
         make(c)
-        c.note(note(make.__name__))
+        c.note(note(name))
     return drawn
 
 

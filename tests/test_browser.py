@@ -338,7 +338,7 @@ def test_the_orbit_plays_and_is_aimed(bench):
     azimuth, elevation = angles_of(-0.6, 0.3)
     assert ball.values("start", "elevation") == pytest.approx([azimuth, elevation], abs=1)
     assert ball.values("arc", "frames") == [arc, frames]
-    bench.picture("light_orbit.png", ball.node)
+    bench.picture("light_orbit.png", ball.node, scale=1.25)  # web/docs/FaceRig_LightOrbit.jpg
     bench.page.locator(".face-rig-play").click()
     bench.page.wait_for_function("id => bench.node(id).faceRigBall.frame >= 2", arg=ball.node)
     bench.page.locator(".face-rig-play").click()

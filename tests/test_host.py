@@ -22,7 +22,7 @@ pytestmark = marks
 
 @pytest.fixture
 def graph() -> dict:
-    return load_graph("relight_with_diffusionrig")
+    return load_graph("Relight with DiffusionRig")
 
 
 def test_the_pack_loads_quickly_and_every_node_shows(host):
@@ -155,7 +155,7 @@ def test_the_hosts_euler_on_difareli_is_our_ddim(host):
     assert_euler_is_ddim(host, model, net, noise, net.condition(spatial, vector), conditioning)
 
 
-DIFARELI = ["relight_a_portrait", "copy_the_light_of_a_photo", "shadow_strength", "light_orbit_to_frames"]
+DIFARELI = ["Relight a portrait", "Copy the light of a photo", "Shadow strength", "Light orbit to frames"]
 
 
 def with_difareli(graph: dict, file: str) -> dict:
@@ -168,14 +168,14 @@ def with_difareli(graph: dict, file: str) -> dict:
 
 @pytest.mark.parametrize(
     "name, file",
-    [(name, "relight.safetensors") for name in DIFARELI] + [("relight_a_portrait", "default (in the pack)")],
+    [(name, "relight.safetensors") for name in DIFARELI] + [("Relight a portrait", "default (in the pack)")],
 )
 def test_difareli_workflows_run_to_saved_images(host, name, file):
     graph = with_difareli(load_graph(name), file)
     ok, messages, outputs = host.run(graph)
     assert ok, messages[-1]
     saved = next(o["images"] for k, o in outputs.items() if graph[k]["class_type"] == "SaveImage")
-    want = {"shadow_strength": 5, "light_orbit_to_frames": 16}
+    want = {"Shadow strength": 5, "Light orbit to frames": 16}
     assert len(saved) == want.get(name, 1)
     photo = np.asarray(Image.open(ROOT / "rig_core" / "assets" / "astronaut.jpg").convert("RGB"), float)
     results = [
@@ -191,7 +191,7 @@ def test_difareli_workflows_run_to_saved_images(host, name, file):
 
 
 def test_without_an_edit_the_photo_comes_back_bit_for_bit(host):
-    graph = with_difareli(load_graph("relight_a_portrait"), "relight.safetensors")
+    graph = with_difareli(load_graph("Relight a portrait"), "relight.safetensors")
     for node in graph.values():
         if node["class_type"] == "FaceRig_DiFaReliCondition":
             node["inputs"].pop("light", None)
@@ -204,7 +204,7 @@ def test_without_an_edit_the_photo_comes_back_bit_for_bit(host):
 
 
 def test_only_the_light_changes_only_the_relight_runs(host):
-    graph = with_difareli(load_graph("relight_a_portrait"), "relight.safetensors")
+    graph = with_difareli(load_graph("Relight a portrait"), "relight.safetensors")
     kinds = {k: n["class_type"].removeprefix("FaceRig_") for k, n in graph.items()}
     ok, messages, _ = host.run(graph)
     assert ok, messages[-1]
@@ -220,7 +220,7 @@ def test_stop_within_a_step_of_the_inversion(host):
     import comfy.model_management
     import comfy.utils
 
-    graph = with_difareli(load_graph("relight_a_portrait"), "relight.safetensors")
+    graph = with_difareli(load_graph("Relight a portrait"), "relight.safetensors")
     of_type(graph, "FaceRig_DDIMInvert")["inputs"]["preset"] = "official 1000"
     steps = []
 
@@ -240,11 +240,11 @@ def test_stop_within_a_step_of_the_inversion(host):
 
 
 def test_difarelis_errors_name_the_node_and_what_to_do(host):
-    graph = with_difareli(load_graph("relight_a_portrait"), "tiny.safetensors")
+    graph = with_difareli(load_graph("Relight a portrait"), "tiny.safetensors")
     ok, messages, _ = host.run(graph)
     assert not ok and messages[-1][1]["node_type"] == "FaceRig_LoadDiFaReli"
     assert "expected a DiFaReli denoiser" in messages[-1][1]["exception_message"]
-    graph = with_difareli(load_graph("relight_a_portrait"), "relight.safetensors")
+    graph = with_difareli(load_graph("Relight a portrait"), "relight.safetensors")
     of_type(graph, "FaceRig_ConditionedSample")["inputs"]["preset"] = "balanced (quad33 ab2)"
     ok, messages, _ = host.run(graph)
     assert not ok and messages[-1][1]["node_type"] == "FaceRig_ConditionedSample"
@@ -317,7 +317,7 @@ def album(host) -> Path:
 
 
 def training_graph(**inputs) -> dict:
-    graph = load_graph("train_and_use_a_personal_model")
+    graph = load_graph("Train and use a personal model")
     node = of_type(graph, "FaceRig_TrainPersonalModel")
     node["inputs"] |= {"base": "tiny.safetensors", "steps": 3, "batch": 2} | inputs
     return graph
@@ -366,7 +366,7 @@ def test_a_personal_model_is_trained_offered_and_used(host, album):
     (album / "0.png").touch()
     assert not_cached() == {"FaceRig_TrainPersonalModel", "SaveImage"}
 
-    graph = load_graph("personal_identity_transfer")
+    graph = load_graph("Personal identity transfer")
     of_type(graph, "FaceRig_LoadDiffusionRig")["inputs"]["file"] = "my_person.safetensors"
     of_type(graph, "FaceRig_ConditionedSample")["inputs"]["steps"] = 4
     ok, messages, outputs = host.run(graph)
@@ -422,7 +422,7 @@ def test_a_name_that_is_no_file_name_is_refused_before_it_is_queued(host, album)
 
 
 @pytest.mark.parametrize("file", ["tiny.safetensors", "default (in the pack)"])
-@pytest.mark.parametrize("name", ["personal_identity_transfer", "personal_appearance_mixing"])
+@pytest.mark.parametrize("name", ["Personal identity transfer", "Personal appearance mixing"])
 def test_workflows_of_personal_models_run_with_general_ones(host, name, file):
     graph = load_graph(name)
     of_type(graph, "FaceRig_LoadDiffusionRig")["inputs"]["file"] = file
@@ -432,7 +432,7 @@ def test_workflows_of_personal_models_run_with_general_ones(host, name, file):
     ok, messages, outputs = host.run(graph)
     assert ok, messages[-1]
     (result,) = saved(host, graph, outputs).values()
-    if name == "personal_appearance_mixing":
+    if name == "Personal appearance mixing":
         size = 128 if "default" in file else SIZE
         assert result.shape == (size, 2 * size, 3)
         change = np.abs(result[:, :size] - result[:, size:])

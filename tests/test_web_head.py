@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from rig_core import buffers, checkpoints, pipeline, preview_mesh
+from rig_core.expressions import EXPRESSIONS
 from rig_core.heads.flame import Flame
 from tests.test_flame import golden, tensors  # noqa: F401 fixtures
 from tests.test_preview_mesh import random_code, unpacked
@@ -69,8 +70,8 @@ def run(folder: Path, file: bytes, edits: list[dict]) -> tuple[list, list, float
 def turned(head, code, edit):
     """What the node makes of the sliders."""
     shapes: dict = {}
-    for slider in set(edit) & set(preview_mesh.EXPRESSIONS):
-        for name, weight in preview_mesh.EXPRESSIONS[slider][1].items():
+    for slider in set(edit) & set(EXPRESSIONS):
+        for name, weight in EXPRESSIONS[slider][1].items():
             shapes[name] = shapes.get(name, 0.0) + weight * edit[slider]
     poses = {k: edit.get(k, 0.0) for k in POSES}
     return pipeline.turn(head, code, **poses, gaze=tuple(edit.get(k, 0.0) for k in GAZE), **shapes)
@@ -88,7 +89,7 @@ def head():
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_open_head_follows_every_slider(head, tmp_path, seed):
-    code, ones = random_code(head, seed), dict.fromkeys(preview_mesh.EXPRESSIONS, 1.0)
+    code, ones = random_code(head, seed), dict.fromkeys(EXPRESSIONS, 1.0)
     edits = [{}, *({k: v} for k, v in (POSES | GAZE | ones).items()), *random_edits(POSES | GAZE | ones, 8)]
     verts, _, _ = run(tmp_path, preview_mesh.pack(head, code), edits)
     size = (head.template.amax(0) - head.template.amin(0)).max()

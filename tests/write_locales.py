@@ -31,9 +31,15 @@ def node_defs(schemas: dict) -> dict:
 
 
 def categories(schemas: dict) -> dict:
-    """main.json of the host: the menus that the nodes stand in."""
+    """main.json of the host: the menus that the nodes stand in, and the title over our templates.
+
+    The host knows the templates by the pack's folder: that of a clone, or of the registry.
+    """
     parts = {part for s in schemas.values() for part in s.category.split("/")}
-    return {"nodeCategories": {part: part for part in sorted(parts)}}
+    return {
+        "nodeCategories": {part: part for part in sorted(parts)},
+        "templateWorkflows": {"category": {"face_rig": "Face Rig", "face-rig": "Face Rig"}},
+    }
 
 
 def text(strings: dict) -> str:
