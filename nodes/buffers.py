@@ -58,14 +58,12 @@ class RenderBuffers(io.ComfyNode):
                 "'size'"
             )
         head, parts = host.head(face_model), host.chunks(len(face_code), side, side)
-        progress, made = host.Progress(len(parts)), []
-        for part in parts:
-            made.append(host.result(buffers.render(head, face_code[part].to(host.device()), size or None)))
-            progress.step(made[-1].rendered * 2 - 1)
-        b = Buffers(*map(torch.cat, zip(*(vars(m).values() for m in made), strict=True)))
-        shown = pictures(b)
-        rows = host.image(torch.cat([x[:4] for x in shown], 3))
-        return io.NodeOutput(b, *map(host.image, shown), host.mask(b.mask), ui=ui.PreviewImage(rows, cls=cls))
+
+        def render(part):
+            return buffers.render(head, face_code[part].to(host.device()), size or None)
+
+        b, shown, below = _made(cls, parts, render, 4)
+        return io.NodeOutput(b, *shown, host.mask(b.mask), ui=below)
 
 
 class BuffersFromImages(io.ComfyNode):
@@ -148,16 +146,33 @@ class BuffersFromImages(io.ComfyNode):
         given = {name: x for name, x in given.items() if x is not None}
         n = max(map(len, given.values()), default=1)
         given = {name: host.repeat(x, n, name) for name, x in given.items()}
-        parts = host.slices(n, AT_ONCE)
-        progress, made = host.Progress(len(parts)), []
-        for part in parts:
+
+        def exchange(part):
             some = {name: _read(name, x[part]) for name, x in given.items()}
-            base = some.pop("buffers", None)
-            made.append(host.result(edits.exchange(base, **some, recompute=recompute)))
-            progress.step(made[-1].rendered * 2 - 1)
-        b = Buffers(*map(torch.cat, zip(*(vars(m).values() for m in made), strict=True)))
-        rows = host.image(torch.cat([x[:4] for x in pictures(b)], 3))
-        return io.NodeOutput(b, host.image(b.rendered), ui=ui.PreviewImage(rows, cls=cls))
+            return edits.exchange(some.pop("buffers", None), **some, recompute=recompute)
+
+        b, shown, below = _made(cls, host.slices(n, AT_ONCE), exchange, 1)
+        return io.NodeOutput(b, *shown, ui=below)
+
+
+def _made(cls, parts, make, count):
+    """The Buffers that make(part) gives, joined; the first `count` of their `pictures` as IMAGEs; a preview.
+
+    What is asked for exists once as a whole, the rest in parts.
+    """
+    progress, columns = host.Progress(len(parts)), None
+    for part in parts:
+        b = host.result(make(part))
+        row = [*vars(b).values(), *map(host.image, pictures(b)[:count])]
+        columns = columns or [[] for _ in row]
+        for column, x in zip(columns, row, strict=True):
+            column.append(x)
+        progress.step(b.rendered * 2 - 1)
+    del b, row, x
+    fields, shown = columns[:5], columns[5:]
+    b = Buffers(*map(host.joined, fields))
+    rows = host.image(torch.cat(pictures(b[:4]), 3))
+    return b, [host.joined(v) for v in shown], ui.PreviewImage(rows, cls=cls)
 
 
 def _read(name, x):

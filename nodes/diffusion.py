@@ -14,6 +14,9 @@ PRESETS = {
     OFFICIAL: ("1000", "ddim"),
 }
 CUSTOM, AS_INVERTED = "custom", "as inverted"
+SPACINGS = ["quad", "even"]
+INVERT_PRESETS, INVERT_SOLVERS = [*PRESETS, CUSTOM], ["ab2", "ddim", "heun"]
+SAMPLE_PRESETS, SAMPLE_SOLVERS = [AS_INVERTED, *PRESETS, CUSTOM], ["ab2", "ddim", "heun", "ddpm"]
 
 STEPS = io.Int.Input(
     "steps",
@@ -24,7 +27,7 @@ STEPS = io.Int.Input(
 )
 SPACING = io.Combo.Input(
     "spacing",
-    options=["quad", "even"],
+    options=SPACINGS,
     default="quad",
     tooltip=(
         "For custom. Where the steps lie: quad puts most of them near the picture (best for ab2 and "
@@ -48,15 +51,15 @@ def _random(seed, n, height, width):
     return torch.randn(n, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
-def _how(preset, steps, solver, spacing) -> tuple[str, str]:
-    """Timestep spacing (see diffusion.respace) and solver of a preset, or of the widgets."""
-    if preset in PRESETS:
-        return PRESETS[preset]
-    if preset not in (CUSTOM, AS_INVERTED):
-        raise ValueError(f"'preset' is one of {', '.join(PRESETS)} or {CUSTOM}, not '{preset}'")
-    if spacing not in ("quad", "even"):
-        raise ValueError(f"'spacing' is quad or even, not '{spacing}'")
-    return f"{'quad' if spacing == 'quad' else ''}{steps}", solver
+def _how(preset, steps, solver, spacing, presets, solvers) -> tuple[str, str]:
+    """Timestep spacing (see diffusion.respace) and solver of a preset, or of the widgets.
+
+    presets, solvers: those on the node's own lists, ValueError for others.
+    """
+    sockets.choice("preset", preset, presets)
+    sockets.choice("solver", solver, solvers)
+    sockets.choice("spacing", spacing, SPACINGS)
+    return PRESETS.get(preset, (f"{'quad' if spacing == 'quad' else ''}{steps}", solver))
 
 
 def _schedule(spec: str):
@@ -140,7 +143,7 @@ class DDIMInvert(io.ComfyNode):
                 STEPS,
                 io.Combo.Input(
                     "solver",
-                    options=["ab2", "ddim", "heun"],
+                    options=INVERT_SOLVERS,
                     default="ab2",
                     tooltip=(
                         "For custom. ab2: second order, one evaluation a step. heun: two a step, for "
@@ -151,7 +154,7 @@ class DDIMInvert(io.ComfyNode):
                 SEED,
                 io.Combo.Input(
                     "preset",
-                    options=[*PRESETS, CUSTOM],
+                    options=INVERT_PRESETS,
                     default=BALANCED,
                     tooltip=(
                         "fast: 20 evaluations. balanced: 33. official: all 1000 steps of ddim with mean "
@@ -196,8 +199,9 @@ class DDIMInvert(io.ComfyNode):
         cls, model, conditioning, image, steps, solver, spacing, seed, preset, match_means, paint_back,
         hidden=None,
     ):  # fmt: skip
+        spec, solver = _how(preset, steps, solver, spacing, INVERT_PRESETS, INVERT_SOLVERS)
         net = host.loaded(model)
-        given, (spec, solver) = sockets.condition(conditioning, net), _how(preset, steps, solver, spacing)
+        given = sockets.condition(conditioning, net)
         _, height, width = host.check_pictures(image, "image")
         n, size = len(given), net.config.image_size
         if (height, width) not in (given.size, (host.picture_size(net, model.model.meta),) * 2):
@@ -258,7 +262,7 @@ class ConditionedSample(io.ComfyNode):
                 STEPS,
                 io.Combo.Input(
                     "solver",
-                    options=["ab2", "ddim", "heun", "ddpm"],
+                    options=SAMPLE_SOLVERS,
                     default="ab2",
                     tooltip=(
                         "For custom. ab2: second order, one evaluation a step. ddim: first order. heun: "
@@ -298,7 +302,7 @@ class ConditionedSample(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "preset",
-                    options=[AS_INVERTED, *PRESETS, CUSTOM],
+                    options=SAMPLE_PRESETS,
                     default=AS_INVERTED,
                     optional=True,
                     tooltip=(
@@ -316,8 +320,9 @@ class ConditionedSample(io.ComfyNode):
         cls, model, conditioning, seed, steps, solver, spacing, same_noise,
         noise=None, unedited=None, guidance=pipeline.GUIDANCE, preset=AS_INVERTED,
     ):  # fmt: skip
+        how = _how(preset, steps, solver, spacing, SAMPLE_PRESETS, SAMPLE_SOLVERS)
         net = host.loaded(model)
-        given, how = sockets.condition(conditioning, net), _how(preset, steps, solver, spacing)
+        given = sockets.condition(conditioning, net)
         before = _unedited(unedited, guidance, net, len(given))
         n, (height, width), shifts = len(given), given.size, None
         if noise is None:
@@ -332,7 +337,8 @@ class ConditionedSample(io.ComfyNode):
                     f"{how[1]}: choose '{AS_INVERTED}' as 'preset'"
                 )
         x_T = host.repeat(x_T, n, "noise")
-        generator = torch.Generator().manual_seed(seed + 1)  # of the steps of ddpm
+        # of the steps of ddpm: one a picture, for how many go at once depends on the free memory
+        generators = [torch.Generator().manual_seed(seed + 1 + i * (not same_noise)) for i in range(n)]
         parts, schedule = host.batches(model, n, height, width), _schedule(how[0])
         progress, made = host.Progress(len(schedule) * len(parts)), []
         for p in parts:
@@ -340,7 +346,7 @@ class ConditionedSample(io.ComfyNode):
             start = x_T[p].to(host.device())
             correct = samplers.Inversion(start, _rows(shifts, p), *how).shift
             x = samplers.sample(
-                f, start, given.part(net, p), schedule, how[1], generator=generator,
+                f, start, given.part(net, p), schedule, how[1], generator=generators[p],
                 callback=progress.callback, correct=correct,
             )  # fmt: skip
             made.append(host.image(x * 0.5 + 0.5))

@@ -6,7 +6,8 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..rig_core import align, buffers, conditions, overlay
-from ..rig_core.estimators import deca, given, landmark_fit, landmarks, locate
+from ..rig_core.estimators import deca, given, landmark_fit, locate
+from ..rig_core.estimators.landmarks import NoFaceError, outside
 from ..rig_core.face import cat
 from . import host, sockets
 
@@ -32,7 +33,12 @@ CODE_INPUTS = [
         "landmarks",
         sockets.LANDMARKS,
         optional=True,
-        tooltip="From Align Face. " + LANDMARKS.format("image"),
+        tooltip=(
+            "From Align Face. "
+            + LANDMARKS.format("image")
+            + " With 68 a face all faces are used: 'order' and "
+            "'index' do not count."
+        ),
     ),
 ]
 CODE_OUTPUTS = [
@@ -82,7 +88,10 @@ class AlignFace(io.ComfyNode):
                     "mask", optional=True, tooltip="Only faces whose centre lies inside are considered."
                 ),
                 io.MultiType.Input(
-                    "landmarks", sockets.LANDMARKS, optional=True, tooltip=LANDMARKS.format("photo")
+                    "landmarks",
+                    sockets.LANDMARKS,
+                    optional=True,
+                    tooltip=LANDMARKS.format("photo") + " The faces are chosen among them all the same.",
                 ),
                 io.MultiType.Input(
                     "box",
@@ -90,8 +99,9 @@ class AlignFace(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "Only the faces that overlap these boxes most are considered; where none is found, "
-                        "landmarks are sought in the box itself. x, y, width, height or corners, in pixels "
-                        "of the photo; one, a list, or a list for each photo."
+                        "landmarks are sought in the box itself. Four numbers are corners x0, y0, x1, y1; "
+                        "a dict has x, y, width, height; in pixels of the photo. One, a list, or a list for "
+                        "each photo."
                     ),
                 ),
                 io.Combo.Input(
@@ -139,11 +149,15 @@ class AlignFace(io.ComfyNode):
         cls, photo, size, order, index, missing, mask=None, landmarks=None, box=None, faces="one", steady=0.0
     ):
         n, *sides = host.check_pictures(photo, "photo")
+        sockets.choice("order", order, locate.ORDERS)
+        sockets.choice("missing", missing, locate.MISSING)
+        sockets.choice("faces", faces, locate.FACES)
         boxes = [None] * n if box is None else _read("box", given.boxes, box, n, sides)
         points = _given_landmarks(landmarks, n)
         if mask is not None:
             mask = host.repeat(mask.reshape(-1, *mask.shape[-2:]), n, "mask")
-        host.face_finder()
+        if landmarks is None or box is not None:
+            host.together(host.face_finder())
         progress, shown, overlays = host.Progress(2 * n), set(host.few(torch.arange(n), SHOWN).tolist()), []
 
         @functools.lru_cache(maxsize=1)  # a single photo, which may be large, is checked and moved once
@@ -154,7 +168,8 @@ class AlignFace(io.ComfyNode):
             for i in range(n):
                 x = picture(i)
                 here = None if mask is None else host.mask_pictures(mask[i : i + 1], "mask")
-                seen = _look(x, points[i], order, index, faces, here, boxes[i])
+                known = points[i] if points[i] is None else points[i].to(x)
+                seen = locate.look(x, order, index, faces, here, boxes[i], known)
                 if seen.guessed:
                     host.warn(f"no face found in a box of picture {i + 1}: its landmarks are a guess")
                 if i in shown:
@@ -162,7 +177,7 @@ class AlignFace(io.ComfyNode):
                 progress.step()
                 yield seen
 
-        at = locate.gather(looks(), n, missing)[1]
+        at = _gathered(looks(), n, "photo", missing)
         _check_inside(at.points[at.found.to(at.points.device)], sides, refuse=faces == "one")
         crop = align.ffhq_crop(locate.steady(at, steady), size)
         images = []
@@ -174,7 +189,7 @@ class AlignFace(io.ComfyNode):
         images, overlays = host.joined(images), host.joined(overlays)
         return io.NodeOutput(
             images,
-            sockets.Aligned(host.result(crop), found, at.photo),
+            sockets.Aligned(host.result(crop), found, at.photo, tuple(sides)),
             host.result(crop.apply_points(at.points)),
             overlays,
             ui=ui.PreviewImage(host.few(overlays), cls=cls),
@@ -189,41 +204,54 @@ def _read(name, read, *values):
         raise ValueError(f"'{name}': {e}") from e
 
 
-def _given_landmarks(landmarks, n: int):
-    """For each of n pictures what is known of its landmarks: a tensor of all of its faces that are wanted, a
-    list with those of all faces in it, or None."""
+def _given_landmarks(landmarks, n: int) -> list:
+    """For each of n pictures the landmarks [K,68,2] of its faces, or None."""
     if landmarks is None:
         return [None] * n
     if not isinstance(landmarks, torch.Tensor):
-        return [[p] for p in _read("landmarks", given.landmarks, landmarks, n)]
-    points = landmark_fit.check_landmarks(landmarks)
+        return _read("landmarks", given.landmarks, landmarks, n)
+    points = _read("landmarks", landmark_fit.check_landmarks, landmarks)
     if n > 1 and len(points) != n:
         raise ValueError(f"'landmarks' holds {len(points)} faces, but there are {n} pictures: give one each")
     return [points] if n == 1 else list(points.split(1))
 
 
-def _look(x, points, order, index, faces="one", mask=None, boxes=None):
-    """The faces of a picture, with what `_given_landmarks` knows of it."""
-    if isinstance(points, torch.Tensor):
-        points = points.to(x)
-        return locate.Seen(landmarks.bounding_boxes(points), tuple(range(len(points))), points)
-    return locate.look(x, order, index, faces, mask, boxes, points and points[0].to(x))
+def _gathered(seen, n: int, name: str, missing: str = "error") -> locate.Faces:
+    """What was seen in the n pictures of an input, an error with the input's name."""
+    try:
+        return locate.gather(seen, n, missing)[1]
+    except NoFaceError as e:
+        raise NoFaceError(f"'{name}': {e}") from e
+
+
+def find(image, name: str, order: str, index: int, progress, known=None):
+    """Landmarks [B,68,2] of one face in each picture of IMAGE, a step of the bar for each.
+
+    known: for each picture the landmarks [K,68,2] of its faces, or None to find them.
+    """
+    known = known or [None] * len(image)
+
+    def looks():
+        for i in range(len(image)):
+            x = host.pictures(image[i : i + 1], name)
+            yield locate.look(x, order, index, points=known[i] if known[i] is None else known[i].to(x))
+            progress.step()
+
+    return _gathered(looks(), len(image), name).points
 
 
 def _check_inside(points, size, refuse: bool) -> None:
     """Warn when some of a face lies outside of the photo; refuse: raise ValueError when most of it does."""
-    height, width = size
-    x, y = points.unbind(-1)
-    outside = ((x < -0.5) | (y < -0.5) | (x > width - 0.5) | (y > height - 0.5)).float().mean(1)
-    if refuse and (outside > 0.5).any():
+    most = float(outside(points, size).max())
+    if refuse and most > 0.5:
         raise ValueError(
-            f"the face leaves the photo: only {round((1 - float(outside.max())) * 68)} of its 68 landmarks "
-            "are inside; use a photo that shows the whole face"
+            f"'photo': the face leaves it, only {round((1 - most) * 68)} of its 68 landmarks are inside; use "
+            "a photo that shows the whole face"
         )
-    if (outside > 0).any():
+    if most:
         host.warn(
-            f"a face leaves the photo, {round(float(outside.max()) * 100)} % of its landmarks are outside; "
-            "the missing part is filled with the mirrored photo, and the fit is less sure"
+            f"a face leaves the photo, {round(most * 100)} % of its landmarks are outside; the missing part "
+            "is filled with the mirrored photo, and the fit is less sure"
         )
 
 
@@ -279,23 +307,29 @@ class DECAEncode(io.ComfyNode):
         def encode(head, x, points):
             return deca.encode(net, x, points)
 
-        return _estimated(cls, encode, face_model, image, order, index, landmarks)
+        return _estimated(cls, encode, face_model, image, order, index, landmarks, host.encoder(face_model))
 
 
-def _estimated(cls, estimate, face_model, image, order, index, landmarks):
-    """The output of a node that estimates codes: estimate(head, pictures, landmarks) -> FaceCode."""
+def _estimated(cls, estimate, face_model, image, order, index, landmarks, encoder=None):
+    """The output of a node that estimates codes: estimate(head, pictures, landmarks) -> FaceCode.
+
+    encoder: what it asks, under the host's management of memory.
+    """
     n, height, width = host.check_pictures(image, "image", most=2048)
+    sockets.choice("order", order, locate.ORDERS)
     known = _given_landmarks(landmarks, n)
-    host.face_finder()
-    looks = (_look(host.pictures(image[i : i + 1], "image"), known[i], order, index) for i in range(n))
-    points = locate.gather(looks, n)[1].points
+    every = isinstance(landmarks, torch.Tensor)  # all of these are wanted
+    parts = host.chunks(sum(map(len, known)) if every else n, max(height, 256), max(width, 256))
+    progress = host.Progress(len(parts) + (0 if every else n))
+    if landmarks is None:
+        host.together(host.face_finder())
+    points = torch.cat(known) if every else find(image, "image", order, index, progress, known)
+    host.together(encoder)  # after the search, which may have driven it away
     image = host.repeat(image, len(points), "image")
     with host.gradients():
         head = host.head(face_model)
         # FLAME without its texture is shown grey
         grey = None if getattr(head, "has_texture", True) else torch.full((1, 3, 256, 256), conditions.GREY)
-        parts = host.chunks(len(points), max(height, 256), max(width, 256))
-        progress = host.Progress(len(parts))
         codes, overlays = [], []
         for part in parts:
             x = host.pictures(image[part], "image").clone()

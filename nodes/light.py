@@ -6,11 +6,13 @@ from comfy_api.latest import io, ui
 from ..rig_core import light_prior, pipeline, preview, sh
 from ..rig_core.estimators import locate
 from . import host, sockets
-from .estimate import FACE_CHOICE
+from .estimate import FACE_CHOICE, find
+from .light_sources import output
 
 MODES = ["model range", "raw"]
 WEIGHTED, LAMPS, SEQUENCE, ARC = "weighted", "add lamps", "sequence", "sequence, spherical"
 PHOTO = 256  # px of the aligned face that a light is read from
+FACES = 32  # at a time, so that many can be stopped
 
 
 def _shown(cls, ball, head, code, given=None) -> dict:
@@ -163,26 +165,25 @@ class SHLightEdit(io.ComfyNode):
         mode,
         light=None,
     ):
-        if mode not in MODES:
-            raise ValueError(f"'mode' is {' or '.join(MODES)}, not '{mode}'")
+        sockets.choice("mode", mode, MODES)
         head = host.head(face_model)
-        face_code.require_head(head.name)
-        code = face_code.to(host.device())
-        if light is None:
-            prior = {"mean": head.light_mean, "std": head.light_std, "raw": mode == "raw"}
-            colour = (red, green, blue)
-            new = light_prior.edit(
-                code.light, azimuth, elevation, intensity, ambient, colour, softness, **prior
-            )
-        else:
-            n = max(len(code), len(light))
-            code, new = host.repeat(code, n, "face_code"), host.repeat(light.to(code.light), n, "light")
-        given = None if light is None else new
-        new = sh.interpolate(code.light, new, torch.full((len(code),), mix))
-        ball = host.image(light_prior.ball(new))
-        edited = code.replace(light=new)
+        face_code.require_head(head)
+        n = len(face_code) if light is None else max(len(face_code), len(light))
+        code = host.repeat(face_code.to(host.device()), n, "face_code")
+        given = None if light is None else host.repeat(light.to(code.light), n, "light")
+        lamp = {"mean": head.light_mean, "std": head.light_std, "raw": mode == "raw", "softness": softness}
+        lamp |= {"intensity": intensity, "ambient": ambient, "colour": (red, green, blue)}
+        parts = host.slices(n, FACES)
+        progress, lights, balls = host.Progress(len(parts)), [], []
+        for p in parts:
+            own = code.light[p]
+            new = light_prior.edit(own, azimuth, elevation, **lamp) if given is None else given[p]
+            lights.append(sh.interpolate(own, new, torch.full((len(own),), mix)))
+            balls.append(host.image(light_prior.ball(lights[-1])))
+            progress.step()
+        light, ball = host.result(torch.cat(lights)), host.joined(balls)
         shown = _shown(cls, ball[:4], head, code, given)
-        return io.NodeOutput(host.result(edited), host.result(new), ball, ui=shown)
+        return io.NodeOutput(host.result(code).replace(light=light), light, ball, ui=shown)
 
 
 class LightFromPhoto(io.ComfyNode):
@@ -211,21 +212,24 @@ class LightFromPhoto(io.ComfyNode):
 
     @classmethod
     def execute(cls, face_model, photo, order, index):
-        x = host.pictures(photo, "photo")
-        host.face_finder()
-        points, _ = locate.locate(x, order, index)
-        progress, lights, shown = host.Progress(len(x)), [], []
+        sockets.choice("order", order, locate.ORDERS)
+        n, *_ = host.check_pictures(photo, "photo")
+        progress, lights, shown = host.Progress(2 * n), [], []
+        host.together(host.face_finder(), host.encoder(face_model))
+        points = find(photo, "photo", order, index, progress)
         with host.gradients():
             head, net = host.head(face_model), host.deca(face_model)
-            for i in range(len(x)):
-                one = x[i : i + 1].clone(), PHOTO, points[i : i + 1].clone()
+            for i in range(n):
+                one = host.pictures(photo[i : i + 1], "photo").clone(), PHOTO, points[i : i + 1].clone()
                 face = pipeline.estimate(head, *one, encoder=net)
-                lights.append(host.result(face.code.light))
-                shown.append(host.image(torch.cat([face.image, light_prior.ball(face.code.light, PHOTO)], 3)))
+                light, ball = face.code.light, light_prior.ball(face.code.light, PHOTO)
+                lights.append(host.result(light))
+                if len(shown) < 4:
+                    shown.append(host.image(torch.cat([face.image, ball], 3)))
                 progress.step()
         light = torch.cat(lights)
         return io.NodeOutput(
-            light, host.image(light_prior.ball(light)), ui=ui.PreviewImage(torch.cat(shown[:4]), cls=cls)
+            light, host.image(light_prior.ball(light)), ui=ui.PreviewImage(torch.cat(shown), cls=cls)
         )
 
 
@@ -310,7 +314,7 @@ class LightOrbit(io.ComfyNode):
     @classmethod
     def execute(cls, face_model, face_code, frames, start, arc, elevation, intensity, ambient, softness):
         head = host.head(face_model)
-        face_code.require_head(head.name)
+        face_code.require_head(head)
         if len(face_code) != 1:
             raise ValueError(f"'face_code' holds {len(face_code)} faces, an orbit goes around one")
         code = face_code.to(host.device())
@@ -384,10 +388,13 @@ class MixLights(io.ComfyNode):
         a, b = (sh.check_light(v, n) for v, n in ((light_a, "'light_a'"), (light_b, "'light_b'")))
         n, weights = max(len(a), len(b)), (weight_a, weight_b)
         if mode in (WEIGHTED, LAMPS) and not sum(weights):
-            raise ValueError("both weights are 0: that is no light at all")
+            raise ValueError("'weight_a' and 'weight_b' are both 0: that is no light at all")
         if mode in (SEQUENCE, ARC):
             if n > 1:
-                raise ValueError(f"a sequence goes from one light to one other, but a batch of {n} came in")
+                raise ValueError(
+                    f"'light_a' and 'light_b' hold {len(a)} and {len(b)} lights: a sequence goes from one to "
+                    "one other"
+                )
             light = sh.interpolate(a, b, torch.linspace(0, 1, frames).to(a), spherical=mode == ARC)
         elif mode == WEIGHTED:
             light = sh.mix([host.repeat(v, n, s) for v, s in ((a, "light_a"), (b, "light_b"))], weights)
@@ -396,5 +403,4 @@ class MixLights(io.ComfyNode):
             light = sh.encode_light(sh.mix(linear, weights))
         else:
             raise ValueError(f"'mode' is {WEIGHTED}, {LAMPS}, {SEQUENCE} or {ARC}, not '{mode}'")
-        ball = host.image(light_prior.ball(light))
-        return io.NodeOutput(host.result(light), ball, ui=ui.PreviewImage(host.few(ball, 8), cls=cls))
+        return output(light, cls)

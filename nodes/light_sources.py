@@ -23,11 +23,12 @@ def _face(face_model, face_code):
     if face_model is None:
         return None, {}
     head = host.head(face_model)
-    face_code.require_head(head.name)
+    face_code.require_head(head)
     return face_code.light.to(host.device()), {"mean": head.light_mean, "std": head.light_std}
 
 
-def _output(light, cls):
+def output(light, cls):
+    """What a node of lights gives: the lights, a grey ball under each, and some of the balls below it."""
     ball = host.image(light_prior.ball(light))
     return io.NodeOutput(host.result(light), ball, ui=ui.PreviewImage(host.few(ball, 8), cls=cls))
 
@@ -118,15 +119,17 @@ class LightFromEnvironmentMap(io.ComfyNode):
             if value not in known:
                 raise ValueError(f"'{name}' is {' or '.join(known)}, not '{value}'")
         own, prior = _face(face_model, face_code)
-        x = host.radiance(panorama, "panorama")
-        try:
-            found = environment.panorama_light(x, yaw, pitch, view == BEHIND, encoding == SRGB)
-        except ValueError as e:
-            raise ValueError(f"'panorama': {e}") from e
+        found = []
+        for x in host.radiance(panorama, "panorama"):
+            try:
+                found.append(environment.panorama_light(x, yaw, pitch, view == BEHIND, encoding == SRGB))
+            except ValueError as e:
+                raise ValueError(f"'panorama': {e}") from e
+        found = torch.cat(found).to(host.device())
         if own is not None:
             n = max(len(found), len(own))
             found, own = host.repeat(found, n, "panorama"), host.repeat(own, n, "face_code")
-        return _output(environment.surround(found, exposure, own, **prior), cls)
+        return output(environment.surround(found, exposure, own, **prior), cls)
 
 
 class LightPresets(io.ComfyNode):
@@ -182,6 +185,5 @@ class LightPresets(io.ComfyNode):
         names = list(light_prior.PRESETS) if preset == ALL else [preset]
         if len(names) > 1 and len(own) > 1:
             raise ValueError(f"'face_code' holds {len(own)} faces: '{ALL}' shows the presets on one")
-        return _output(
-            torch.cat([light_prior.preset(own, n, intensity, mirror, **prior) for n in names]), cls
-        )
+        made = [light_prior.preset(own, n, intensity, mirror, **prior) for n in names]
+        return output(torch.cat(made), cls)

@@ -56,7 +56,8 @@ class PasteBack(io.ComfyNode):
                     step=0.01,
                     tooltip=(
                         "How far beyond 'mask' the edit may show, in sides of the aligned square, so that "
-                        "hair changes with the head. 0: the mask alone. Good: 0..0.15."
+                        "hair changes with the head. 0: the mask alone. Without 'mask' it does nothing. "
+                        "Good: 0..0.15."
                     ),
                 ),
                 io.Image.Input(
@@ -96,11 +97,19 @@ class PasteBack(io.ComfyNode):
         if motion is not None and (before is None or mask is not None):
             raise ValueError("'motion' needs 'before' (from DDIM Invert) and takes no 'mask'")
         photos, *sides = host.check_pictures(photo, "photo")
+        if tuple(sides) != tuple(crop.size):
+            raise ValueError(
+                f"'photo' is {sides[1]} x {sides[0]} pixels, Align Face had {crop.size[1]} x {crop.size[0]}: "
+                "connect the same photo to both"
+            )
         n, size, width = host.check_pictures(edited, "edited")
         if size != width:
             raise ValueError(f"'edited' is {width} x {size} pixels, an aligned face is square")
-        if before is not None:
-            host.check_pictures(before, "before")
+        if before is not None and host.check_pictures(before, "before")[1:] != (size, width):
+            raise ValueError(
+                f"'before' is {before.shape[2]} x {before.shape[1]} pixels, 'edited' {width} x {size}: give "
+                "both at one size"
+            )
         if mask is not None:
             mask = mask.reshape(-1, *mask.shape[-2:])
         along = {"before": before, "mask": mask, "motion": motion}
@@ -112,7 +121,7 @@ class PasteBack(io.ComfyNode):
             was, where, moved = (v if v is None or len(v) == 1 else v[rows] for v in along.values())
             was = None if was is None else host.pictures(was, "before")
             if moved is not None:
-                return pipeline.place(x, crops[k], was, grid=moved.to(x))
+                return pipeline.place(x, crops[k], was, grid=moved.to(x), soft=soft)
             if where is not None:
                 where = pipeline.near(host.mask_pictures(where, "mask", size), reach)
             return composite.place(x, crops[k], where, was, mode, soft)
@@ -139,7 +148,8 @@ def _jobs(photos: int, edits: int, crop: sockets.Aligned, together: int):
         return [(0, [0], [[rows] for rows in host.slices(edits, together)])]
     if faces == 1:
         if photos not in (1, edits):
-            raise ValueError(f"'photo' holds {photos} pictures, but 'edited' {edits}: give 1 or {edits}")
+            give = "1" if edits == 1 else f"1 or {edits}"
+            raise ValueError(f"'photo' holds {photos} pictures, but 'edited' {edits}: give {give}")
         return [(i % photos, [0], [[slice(i, i + 1)]]) for i in range(edits)]
     count = int(crop.photo.max()) + 1
     if edits != faces:

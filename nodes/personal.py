@@ -172,6 +172,7 @@ def gather(folder, face_model, size) -> album.Album:
     """The portraits of an album folder, with the host's bar."""
     files, device = album.paths(folder), host.device()
     progress, head, net = host.Progress(len(files)), host.head(face_model), host.deca(face_model)
+    host.together(host.encoder(face_model))  # the photos stay on the CPU, and so does what finds their faces
 
     def fit(images, points):
         return pipeline.encode(head, images.to(device), points.to(device), net)
@@ -243,7 +244,7 @@ class MeanShape(io.ComfyNode):
         host.denoiser(model, DiffusionRig)
         shape = model.model.meta.get("mean_shape")
         head = host.head(face_model)
-        face_code.require_head(head.name)
+        face_code.require_head(head)
         if shape is None:
             host.warn("Mean Shape: this model has none, it is of no person; the face stays as it is")
         else:

@@ -113,7 +113,7 @@ class FaceParse(io.ComfyNode):
         for x in _each(image):
             labels = parsing.parse(net, x)
             masks.append(host.mask(parsing.select(labels, part)))
-            shown.append(host.image(_colours(labels) * 0.7 + x * 0.3))
+            shown.append(host.image(parsing.colours(labels) * 0.7 + x * 0.3))
             progress.step()
         shown = host.joined(shown)
         return io.NodeOutput(host.joined(masks), shown, ui=ui.PreviewImage(shown[:4], cls=cls))
@@ -201,7 +201,7 @@ class DiFaReliCondition(io.ComfyNode):
     ):  # fmt: skip
         net, (n, *sides) = host.denoiser(model, DiFaReli), host.check_pictures(image, "image")
         head_model, size = host.head(face_model), host.picture_size(net, model.model.meta)
-        face_code.require_head(head_model.name)
+        face_code.require_head(head_model)
         _check_sizes(sides, face_code, size)
         amounts = _amounts(shadow, shadow_change, strengths)
         photos = max(n, len(face_code), len(embed))
@@ -270,13 +270,6 @@ def _count_squares(image) -> int:
 def _each(image):
     """The pictures of IMAGE one by one, [1,3,s,s]."""
     return (host.pictures(image[i : i + 1], "image") for i in range(len(image)))
-
-
-def _colours(labels):
-    """Labels [B,H,W] as colours [B,3,H,W], 0..1, background black; neighbours in number differ in hue."""
-    hue = labels * 0.381966
-    phase = hue[:, None] + torch.tensor([0.0, 1 / 3, 2 / 3], device=labels.device)[:, None, None]
-    return (0.5 + 0.5 * torch.cos(2 * torch.pi * phase)) * (labels > 0)[:, None]
 
 
 def _check_sizes(sides, code, size: int) -> None:

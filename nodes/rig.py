@@ -2,8 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from ..rig_core import pipeline, preview_mesh, warp
-from ..rig_core.preview_mesh import EXPRESSIONS
+from ..rig_core import expressions, pipeline, preview_mesh, warp
 from . import host, sockets
 
 
@@ -53,7 +52,7 @@ class EditFace(io.ComfyNode):
                             f"{what}: 1 is all the way, 0 changes nothing, below 0 the opposite. Good: 0..1."
                         ),
                     )
-                    for name, (what, _) in EXPRESSIONS.items()
+                    for name, (what, _) in expressions.EXPRESSIONS.items()
                 ],
             ],
             outputs=[sockets.FaceCode.Output(display_name="face_code", tooltip="The edited face.")],
@@ -61,13 +60,16 @@ class EditFace(io.ComfyNode):
 
     @classmethod
     def execute(cls, face_model, face_code, yaw, pitch, roll, jaw, gaze_x, gaze_y, **sliders):
-        shapes = {}
-        for slider, amount in sliders.items():
-            for name, weight in EXPRESSIONS[slider][1].items() if amount else ():
-                shapes[name] = shapes.get(name, 0.0) + weight * amount
         head, code = host.head(face_model), face_code.to(host.device())
+        code.require_head(head)
+        shapes = expressions.shapes(head.expression_names, sliders)
+        if (gaze_x or gaze_y) and head.sizes.pose < 8:
+            name = "gaze_x" if gaze_x else "gaze_y"
+            raise ValueError(f"'{name}': the eyes of the {head.name} head rest: leave it at 0")
         edited = pipeline.turn(head, code, yaw, pitch, roll, jaw, (gaze_x, gaze_y), **shapes)
-        fitted = host.temporary(preview_mesh.pack(head, code), ".head")
+        # by the head that stays, so that its mesh is made once
+        stays = getattr(face_model, "head", face_model)
+        fitted = host.temporary(preview_mesh.pack(stays, face_code.to("cpu")), ".head")
         return io.NodeOutput(host.result(edited), ui={"face_rig_head": [fitted]})
 
 
@@ -80,7 +82,8 @@ class MovePhoto(io.ComfyNode):
             category="Face Rig/rig",
             description=(
                 "Moves the aligned photo along with an edited head, so that DDIM Invert starts from a "
-                "photo that already has the new pose. Only needed after Edit Face."
+                "photo that already has the new pose. Needed after Edit Face, or Transfer of pose or "
+                "expression."
             ),
             **sockets.aliases("warp", "warp photo", "motion", "liquify", "follow head"),
             inputs=[
@@ -107,15 +110,24 @@ class MovePhoto(io.ComfyNode):
 
     @classmethod
     def execute(cls, face_model, image, source, target):
-        x, n = host.pictures(image, "image"), max(len(image), len(source), len(target))
-        source, target = (
-            host.repeat(c, n, s).to(x.device) for c, s in ((source, "source"), (target, "target"))
-        )
-        if tuple(x.shape[2:]) != tuple(source.size):
-            raise ValueError(
-                f"'image' is {x.shape[3]} px wide, 'source' was fitted at {source.size[1]}: connect the "
-                "same picture"
-            )
-        grid, hidden = warp.flow(host.head(face_model), source, target)
-        out = host.image(warp.apply(host.repeat(x, n, "image"), grid))
-        return io.NodeOutput(out, host.mask(hidden), host.result(grid), ui=ui.PreviewImage(out[:4], cls=cls))
+        n, *sides = host.check_pictures(image, "image")
+        n, head = max(n, len(source), len(target)), host.head(face_model)
+        for name, code in (("source", source), ("target", target)):
+            code.require_head(head, name)
+            if list(code.size) != sides:
+                raise ValueError(
+                    f"'image' is {sides[1]} x {sides[0]} pixels, '{name}' was fitted at {code.size[1]} x "
+                    f"{code.size[0]}: connect the same picture"
+                )
+        image = host.repeat(image, n, "image")
+        codes = [host.repeat(c, n, s) for c, s in ((source, "source"), (target, "target"))]
+        parts = host.chunks(n, *sides)
+        progress, moved, hidden, motion = host.Progress(len(parts)), [], [], []
+        for part in parts:
+            grid, unseen = warp.flow(head, *(c[part].to(host.device()) for c in codes))
+            x = warp.apply(host.pictures(image[part], "image"), grid)
+            for made, v in ((moved, host.image(x)), (hidden, host.mask(unseen)), (motion, host.result(grid))):
+                made.append(v)
+            progress.step(x * 2 - 1)
+        moved, hidden, motion = map(host.joined, (moved, hidden, motion))
+        return io.NodeOutput(moved, hidden, motion, ui=ui.PreviewImage(moved[:4], cls=cls))

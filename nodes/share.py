@@ -2,9 +2,10 @@
 
 from comfy_api.latest import io, ui
 
-from ..rig_core import light_prior, readable
+from ..rig_core import readable
 from . import host, sockets
 from .buffers import preview
+from .light_sources import output
 
 FILE = (
     "A .json file below input/, or one that was saved into output/face_rig (marked [output]). Press R after "
@@ -53,7 +54,7 @@ def _read(file: str, text: str, read):
     """What `read` makes of the text, or of the file. Raises ValueError that names the one and the field."""
     pasted = bool(text and text.strip())
     try:
-        return read(text if pasted else host.read_text(file))
+        return read(host.check_text(text) if pasted else host.read_text(file))
     except ValueError as e:
         where = "'text'" if pasted else f"'file' ({file})"
         raise e if str(e).startswith("'file'") else ValueError(f"{where}: {e}") from e
@@ -113,9 +114,7 @@ class LoadLight(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, text=""):
-        light = _read(file, text, readable.read_light)
-        ball = host.image(light_prior.ball(light))
-        return io.NodeOutput(host.result(light), ball, ui=ui.PreviewImage(host.few(ball, 8), cls=cls))
+        return output(_read(file, text, readable.read_light), cls)
 
 
 class SaveFace(io.ComfyNode):

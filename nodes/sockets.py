@@ -30,11 +30,13 @@ class Aligned(NamedTuple):
 
     crop: photo pixels to aligned pixels, of N faces. found [N] bool: photos without a face are left as they
     are. photo [N] long, on the CPU: which photo each face is of, rising from 0; every photo has one at least.
+    size: height and width of the photos.
     """
 
     crop: Crop
     found: Tensor
     photo: Tensor
+    size: tuple[int, int]
 
 
 FaceModel = io.Custom("FACE_MODEL")
@@ -55,6 +57,12 @@ FaceParser = io.Custom("FACE_PARSER")
 def aliases(*words: str) -> dict:
     """Other words that find a node, for its Schema, where the host has them (later than v0.3.64)."""
     return {"search_aliases": list(words)} if "search_aliases" in io.Schema.__dataclass_fields__ else {}
+
+
+def choice(name: str, value, known) -> None:
+    """Raise ValueError for a widget's value that is not on its list: the host does not look."""
+    if value not in known:
+        raise ValueError(f"'{name}' is one of {', '.join(known)}, not '{value}'")
 
 
 @dataclass(frozen=True)
@@ -111,12 +119,21 @@ def given(conditioning: list, name: str = "conditioning") -> Given:
 def noise_latent(found: samplers.Inversion, model) -> dict:
     """LATENT of a photo's noise [B,3,H,W] of unit variance, with how it was made; it is no picture."""
     shifts = None if found.shifts is None else host.result(found.shifts)
+    x_T = host.result(found.x_T)
     how = {"steps": found.steps, "solver": found.solver, "shifts": shifts, "model": model.model.mark}
-    return {"samples": host.result(found.x_T), "face_rig_noise": how}
+    return {"samples": x_T, "face_rig_noise": how | {"rows": _thinned(x_T)}}
+
+
+def _thinned(x_T: Tensor) -> Tensor:
+    """Some 64 pixels of each noise [B,3,h,w], in a row, by which it is known again."""
+    return x_T[:, :, :: max(1, x_T.shape[2] // 8), :: max(1, x_T.shape[3] // 8)].flatten(1)
 
 
 def noise(latent: dict, model, size: tuple[int, int]) -> samplers.Inversion:
-    """The inverse of `noise_latent`. Raises ValueError for another LATENT, model or size."""
+    """The inverse of `noise_latent`, also for a LATENT of some of its pictures, in any order.
+
+    Raises ValueError for another LATENT, model or size, and for changed noise whose means were matched.
+    """
     how = latent.get("face_rig_noise")
     if not isinstance(how, dict):
         raise ValueError(
@@ -130,4 +147,19 @@ def noise(latent: dict, model, size: tuple[int, int]) -> samplers.Inversion:
         )
     if how["model"] != model.model.mark:
         raise ValueError("'noise' was made with another model: connect the same MODEL to DDIM Invert")
-    return samplers.Inversion(x_T, how["shifts"], how["steps"], how["solver"])
+    shifts = how["shifts"]
+    if shifts is not None:
+        shifts = shifts[:, _rows(_thinned(x_T), how["rows"])]
+    return samplers.Inversion(x_T, shifts, how["steps"], how["solver"])
+
+
+def _rows(noise: Tensor, known: Tensor) -> list[int]:
+    """Which of the known noises each one is: LATENTs are picked from, repeated and joined on the way."""
+    same = [(known == x).all(1).nonzero() for x in noise.to(known)]
+    if not all(map(len, same)):
+        raise ValueError(
+            f"'noise' holds {len(noise)} pictures, but number {[*map(len, same)].index(0)} of them (counted "
+            f"from 0) is not one of the {len(known)} that DDIM Invert gave with 'match_means': connect its "
+            "output, or pick from it with Latent From Batch"
+        )
+    return [int(rows[0]) for rows in same]

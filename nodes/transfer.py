@@ -57,6 +57,8 @@ class Transfer(io.ComfyNode):
     @classmethod
     def execute(cls, face_model, target, source, strength, **parts):
         n, head = max(len(target), len(source)), host.head(face_model)
+        target.require_head(head, "target")
+        source.require_head(head, "source")
         target, source = (
             host.repeat(c, n, s).to(host.device()) for c, s in ((target, "target"), (source, "source"))
         )

@@ -1,7 +1,5 @@
 """Films: Smooth Faces for a batch of frames on the canvas, Relight Video for a whole file."""
 
-import itertools
-
 import torch
 from comfy_api.latest import io, ui
 
@@ -97,14 +95,9 @@ class VideoFrame(io.ComfyNode):
 
     @classmethod
     def execute(cls, video, frame):
-        film, chosen = host.Film(video, "video"), None
+        film = host.Film(video, "video")
         progress = host.Progress(min(frame + 1, film.count))
-        for x in itertools.islice(film.frames(), frame + 1):
-            progress.step()
-            chosen = x
-        if chosen is None:
-            raise ValueError("'video' has no frames")
-        shown = host.image(align.check_image(chosen))
+        shown = host.image(align.check_image(film.frame(frame, progress.step)))
         return io.NodeOutput(shown, film.count, ui=ui.PreviewImage(shown, cls=cls))
 
 
@@ -189,7 +182,10 @@ class RelightVideo(io.ComfyNode):
                     default=16,
                     min=0,
                     max=51,
-                    tooltip="Quality of the new H.264 file: 0 is lossless, more is smaller. Good: 12..23.",
+                    tooltip=(
+                        "Quality of the new H.264 file: 0 is the best, more is smaller. Colours are kept at "
+                        "half resolution, as players want. Good: 12..23."
+                    ),
                 ),
                 sockets.SHLight.Input(
                     "light",
@@ -223,27 +219,20 @@ class RelightVideo(io.ComfyNode):
         steps, smooth, missing, order, index, crf, light=None, face_parser=None,
     ):  # fmt: skip
         net = host.denoiser(model, DiFaReli)
-        for name, value, known in (
-            ("preset", preset, (*PRESETS, CUSTOM)),
-            ("missing", missing, locate.MISSING),
-            ("order", order, locate.ORDERS),
-        ):
-            if value not in known:
-                raise ValueError(f"'{name}' is one of {', '.join(known)}, not '{value}'")
+        sockets.choice("preset", preset, (*PRESETS, CUSTOM))
+        sockets.choice("missing", missing, locate.MISSING)
+        sockets.choice("order", order, locate.ORDERS)
         light = None if light is None else sh.check_light(light, "'light'")
         spec, solver = PRESETS.get(preset, (f"quad{steps}", "ab2"))
         film, size = host.Film(video, "video"), host.picture_size(net, model.model.meta)
-        recognise = host.loaded_estimator(
-            identity_encoder, (ArcFace,), "identity_encoder", "Load Identity Encoder"
-        )
-        judge = host.loaded_estimator(
-            shadow_estimator, (ShadowNet, DiffAEShadow), "shadow_estimator", "Load Shadow Estimator"
-        )
+        recognise = host.inside(identity_encoder, (ArcFace,), "identity_encoder", "Load Identity Encoder")
+        judges = (ShadowNet, DiffAEShadow)
+        judge = host.inside(shadow_estimator, judges, "shadow_estimator", "Load Shadow Estimator")
+        parser = face_parser and host.inside(face_parser, (BiSeNet,), "face_parser", "Load Face Parser")
         head, encoder = host.head(face_model), host.deca(face_model)
         side = net.config.image_size
-        parser = face_parser and host.loaded_estimator(
-            face_parser, (BiSeNet,), "face_parser", "Load Face Parser"
-        )
+        # for each pass what it needs, all at once: what is loaded later may drive away what came before
+        host.together(identity_encoder)
         _check_fit(net, head, recognise, parser)
         runs = 3 * len(diffusion.respace(diffusion.linear_schedule(), spec))
         progress = host.Progress(film.count * (2 + runs))
@@ -252,13 +241,15 @@ class RelightVideo(io.ComfyNode):
             progress.step()
 
         with host.gradients():
+            host.together(host.face_finder())
             tracked = shot.track(film.frames(), order, index, missing, seen)
             n = len(tracked)
             progress.total = n * (2 + runs)
+            host.together(identity_encoder, shadow_estimator, host.encoder(face_model))
             known = shot.survey(
                 film.frames(), tracked, head, recognise, judge, size, smooth, encoder, callback=seen
             )
-        net, batch = host.loaded(model), host.batches(model, n, side, side)[0].stop
+        net, batch = host.loaded(model, face_parser), host.batches(model, n, side, side)[0].stop
         batch = max(1, min(batch, IN_WORK // film.frame_bytes))
         progress.total = n * 2 + -(-n // batch) * runs
         made = shot.relight(

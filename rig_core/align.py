@@ -42,17 +42,33 @@ def check_image(image: Tensor) -> Tensor:
     if not image.is_floating_point():
         raise ValueError(f"picture values must be float 0..1 or uint8, got {image.dtype}")
     image = (image[:, :3] if c == 4 else image).float()
-    bad = ~torch.isfinite(image).flatten(1).all(1)
-    if bad.any():
-        raise ValueError(
-            f"picture {int(bad.nonzero()[0])} of the batch holds NaN or infinite values: check what made it"
-        )
-    low, high = float(image.min()), float(image.max())
-    if low < -0.5 or high > 1.5:
-        raise ValueError(
-            f"picture values run from {low:.3g} to {high:.3g}, want 0..1 (divide 8-bit values by 255)"
-        )
+    check_values(image)
     return image.clamp(0, 1).expand(b, 3, h, w)
+
+
+def check_values(image: Tensor) -> None:
+    """Raise ValueError for the first picture of a batch that holds NaN or infinity, or runs far out of 0..1.
+
+    image: batch first, the axes after it in any order; looked at once, where it lies.
+    """
+    for i, x in enumerate(image):
+        low, high = torch.stack(x.float().aminmax()).tolist()  # both NaN where one value is
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError(f"picture {i} of the batch holds NaN or infinite values: check what made it")
+        if low < -0.5 or high > 1.5:
+            raise ValueError(
+                f"picture values run from {low:.3g} to {high:.3g}, want 0..1 (divide 8-bit values by 255)"
+            )
+
+
+def sample(image: Tensor, grid: Tensor, padding: str = "zeros") -> Tensor:
+    """Bilinear grid_sample of [B,C,H,W] at [B,h,w,2]; padding "border" works on every device, too.
+
+    Older MPS lacks it. Half a pixel beyond the outermost centres, at -1 and 1, a reflection is their value.
+    """
+    if padding == "border":
+        grid, padding = grid.clamp(-1, 1), "reflection"
+    return F.grid_sample(image, grid, "bilinear", padding, align_corners=False)
 
 
 def _affine(matrix: Tensor, points: Tensor) -> Tensor:
@@ -111,7 +127,7 @@ def _warp(image: Tensor, matrix: Tensor, size: tuple[int, int], padding: str, ke
     a = (matrix[:, :2] + matrix.new_tensor([0, 0, 0.5])) / half[:, None] - matrix.new_tensor([0, 0, 1])
     a = a.to(image)[:, None, None]
     grid = a[..., 0] * x[:, None] + (a[..., 1] * y[:, None, None] + a[..., 2])
-    out = F.grid_sample(image, grid, "bilinear", padding, align_corners=False)
+    out = sample(image, grid, padding)
     if lanczos:
         return _lanczos(out, k)
     return F.avg_pool2d(out, k) if k > 1 else out

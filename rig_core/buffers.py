@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import raster, sh
+from . import align, raster, sh
 from .face import Buffers, FaceCode
 from .raster import Fragments
 
@@ -64,7 +64,7 @@ def geometry(head, code: FaceCode, size=None) -> tuple[Fragments, Tensor, Tensor
 
     The grid holds grid_sample's coordinates (align_corners=False), 0 outside the head like the normal.
     """
-    code.require_head(head.name)
+    code.require_head(head)
     verts = head.verts(code.shape, code.exp, code.pose)
     fragments = rasterize_head(to_image(verts, code), head.faces, picture_size(code, size))
     normals = raster.corner_planes(raster.vertex_normals(verts, head.faces), head.faces)
@@ -121,9 +121,7 @@ def cast_shadow(
         for i in range(n):
             r, phi = math.sqrt((i + 0.5) / n), i * math.pi * (3 - 5**0.5)
             offset = torch.stack([radius * (r * math.cos(phi)), radius * (r * math.sin(phi))], -1)
-            seen = F.grid_sample(
-                shadow_map, point[..., :2] + offset, padding_mode="border", align_corners=False
-            )
+            seen = align.sample(shadow_map, point[..., :2] + offset, "border")
             yield point[..., 2] + (plane * offset).sum(-1) - seen[:, 0]
 
     total, count = torch.zeros_like(facing), torch.zeros_like(facing)

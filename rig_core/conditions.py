@@ -68,7 +68,7 @@ def face_part(head) -> Tensor:
 
 def draw(head, code: FaceCode, size: int | tuple[int, int] | None = None) -> Drawn:
     """Draw the part of the head that the reference shows. size: as for buffers.render."""
-    code.require_head(head.name)
+    code.require_head(head)
     faces = face_part(head)
     verts = head.verts(code.shape, code.exp, code.pose)
     points = buffers.to_image(verts, code)

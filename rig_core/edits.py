@@ -35,7 +35,7 @@ def transfer(
     centre of the face stays under another shape, and with FLAME under every edit (pipeline.recentre).
     Raises ValueError for codes of another head.
     """
-    target.require_head(head.name)
+    target.require_head(head)
     mixed = lerp(target, source, strength)
     target = target.expand(len(mixed))
     turned = target.pose.clone()
@@ -86,7 +86,7 @@ def neutral(head, code: FaceCode, frontal: bool = False, gaze: bool = True) -> F
 
     FLAME's face keeps its centre, see pipeline.turn.
     """
-    code.require_head(head.name)
+    code.require_head(head)
     pose = code.pose.clone()
     pose[:, 3:6] = 0
     if frontal:

@@ -19,7 +19,7 @@ ENOUGH = (256, 512)  # px that nine coefficients can tell apart, many times over
 def panorama_light(
     panorama: Tensor, yaw: float = 0.0, pitch: float = 0.0, behind: bool = False, srgb: bool = False
 ) -> Tensor:
-    """Light of panoramas [B,3,h,w]: [B,9,3], linear.
+    """Light of panoramas [B,3,h,w]: [B,9,3], linear. Give them on the CPU: MPS shrinks by whole factors only.
 
     yaw, pitch: degrees that the surroundings are turned by: what is in front of the sitter, at the camera,
     goes to the right of the picture (yaw > 0), then up (pitch > 0).

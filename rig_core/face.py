@@ -77,13 +77,27 @@ class FaceCode(Batch):
     size: tuple[int, int]
     head: str
 
-    def require_head(self, name: str) -> None:
-        """Raise ValueError unless the code belongs to the head `name`."""
-        if self.head != name:
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many numbers of each kind the head's model has."""
+        return {n: getattr(self, n).shape[1] for n in ("shape", "tex", "exp", "pose")}
+
+    def require_head(self, head, name: str = "face_code") -> None:
+        """Raise ValueError unless the code fits a HeadModel. name: of the input, for the error."""
+        self._require(head.name, vars(head.sizes), name)
+
+    def _require(self, head: str, sizes: dict[str, int], name: str = "face_code") -> None:
+        if self.head != head:
             raise ValueError(
-                f"this face code belongs to the '{self.head}' head, but the '{name}' head was given: "
-                f"use one Load Face Model for fitting, editing and rendering"
+                f"'{name}' belongs to the '{self.head}' head, but the '{head}' head was given: use one Load "
+                "Face Model for fitting, editing and rendering"
             )
+        for part, n in self.sizes.items():
+            if n != sizes[part]:
+                raise ValueError(
+                    f"'{name}' has {n} numbers of '{part}', this '{head}' head has {sizes[part]}: it was "
+                    "made with another file, or edited; Load Face with 'face_model' checks it"
+                )
 
     def resized(self, size: tuple[int, int]) -> FaceCode:
         """The same face in the same picture at another resolution: image space stays put.
@@ -100,7 +114,7 @@ def lerp(a: FaceCode, b: FaceCode, w: Tensor | float) -> FaceCode:
     w: a number or [B]; 0 gives a, 1 gives b. Crop and size are a's.
     Raises ValueError when the two codes belong to different heads.
     """
-    b.require_head(a.head)
+    b._require(a.head, a.sizes)
     w = torch.as_tensor(w, dtype=a.shape.dtype, device=a.shape.device).reshape(-1)
     n = max(len(a), len(b), len(w))
     a, b, w = a.expand(n), b.expand(n), w.expand(n)
@@ -126,7 +140,7 @@ def cat(codes: list[FaceCode]) -> FaceCode:
     if not codes:
         raise ValueError("no face codes to join")
     for c in codes[1:]:
-        c.require_head(codes[0].head)
+        c._require(codes[0].head, codes[0].sizes)
         if c.size != codes[0].size:
             raise ValueError(f"face codes of pictures of {codes[0].size} and {c.size} cannot be one batch")
     names = [n for n, v in vars(codes[0]).items() if isinstance(v, Tensor)]

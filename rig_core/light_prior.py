@@ -196,5 +196,4 @@ def ball(light: Tensor, size: int = 128) -> Tensor:
     at = (torch.arange(size, device=light.device) * 2 + 1) / size - 1
     y, x = torch.meshgrid(-at, at, indexing="ij")
     z = (1 - x * x - y * y).clamp_min(0).sqrt()
-    normal = torch.stack([x, y, z])[None].expand(len(light), 3, size, size)
-    return sh.shade(normal, light) * (z > 0) * 0.5
+    return sh.shade(torch.stack([x, y, z])[None], light) * (z > 0) * 0.5

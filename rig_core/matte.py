@@ -34,7 +34,7 @@ def head_matte(head, code: FaceCode, image: Tensor) -> Tensor:
     another head and for a head without the masks face, neck and scalp.
     """
     image = check_image(image)
-    code.require_head(head.name)
+    code.require_head(head)
     s = image.shape[-1]
     if image.shape[-2] != s or s < 16:
         raise ValueError(f"a matte needs a square picture of 16 px or more, got {list(image.shape)}")

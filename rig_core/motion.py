@@ -14,7 +14,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .buffers import CROP
@@ -127,7 +126,15 @@ def _smooth_camera(code: FaceCode, frames: float, starts) -> tuple[Tensor, Tenso
 
 def thumbnail(frame: Tensor) -> Tensor:
     """A frame [1,3,H,W] 0..1 as [3,16,16], to tell one shot from the next."""
-    return F.adaptive_avg_pool2d(frame, 16)[0]
+    rows, columns = (_areas(n, 16).to(frame) for n in frame.shape[2:])
+    return rows @ (frame[0] @ columns.T)
+
+
+def _areas(n: int, to: int) -> Tensor:
+    """Weights [to,n] of the pixels in each area, as adaptive_avg_pool2d; on MPS that wants whole factors."""
+    at, area = torch.arange(n), torch.arange(to)[:, None]
+    inside = (at >= area * n // to) & (at < -(-(area + 1) * n // to))
+    return inside / inside.sum(1, keepdim=True)
 
 
 def shot_starts(change: Tensor) -> list[int]:

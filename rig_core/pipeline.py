@@ -62,7 +62,7 @@ def encode(head, image: Tensor, points: Tensor, encoder=None) -> FaceCode:
     if encoder is None:
         return landmark_fit.fit(head, points, tuple(image.shape[2:]), image)
     code = deca.encode(encoder, image, points)
-    code.require_head(head.name)
+    code.require_head(head)
     return code
 
 
@@ -84,7 +84,7 @@ def turn(
     a gaze where its eyes rest. The open head turns on its neck; FLAME's face is re-centred (`recentre`), as
     published.
     """
-    code.require_head(head.name)
+    code.require_head(head)
     deg = torch.pi / 180
     x, y, z = (code.pose.new_tensor([v]) * deg for v in (-pitch, yaw, roll))
     zero = torch.zeros_like(x)
@@ -385,22 +385,28 @@ def paste(photo: Tensor, portrait: Portrait, edit: Edit) -> Tensor:
 
 
 def place(
-    photo: Tensor, crop: align.Crop, before: Tensor, mask: Tensor | None = None, grid: Tensor | None = None
+    photo: Tensor,
+    crop: align.Crop,
+    before: Tensor,
+    mask: Tensor | None = None,
+    grid: Tensor | None = None,
+    soft: float = composite.SOFT,
 ) -> composite.Place:
     """Where edits of one face go in the photo [1,3,H,W]; before, mask and grid [1,...] as in `Edit`.
 
-    Where the pose changed, the photo itself is moved, at up to 2048 pixels a side, and put under the light.
+    soft: the edge's width in crop sides. Where the pose changed, the photo itself is moved, at up to 2048
+    pixels a side, and put under the light.
     """
     if grid is None:
-        return composite.place(photo, crop, mask, before)
+        return composite.place(photo, crop, mask, before, soft=soft)
     photo_px = float(torch.linalg.det(crop.matrix[0, :2, :2].cpu())) ** -0.5 * crop.size
     fine = crop.resized(max(crop.size, min(2048, round(photo_px))))
     grid = F.interpolate(grid.permute(0, 3, 1, 2), (fine.size, fine.size), mode="bilinear")
     moved = warp.apply(fine.apply(photo), grid.permute(0, 2, 3, 1))
     # the fine crop as a photo of its own
     inside = align.Crop(torch.eye(3)[None].to(moved), fine.size).resized(crop.size)
-    under = composite.place(moved, inside, mask, before)
-    return replace(composite.place(photo, fine, mode="replace"), under=(moved, under))
+    under = composite.place(moved, inside, mask, before, soft=soft)
+    return replace(composite.place(photo, fine, mode="replace", soft=soft), under=(moved, under))
 
 
 def variance_mix(a: Tensor, b: Tensor, w: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import buffers
+from .expressions import EXPRESSIONS, shapes
 from .face import FaceCode, axis_angle_to_matrix
 
 FORMAT = 1
@@ -24,6 +25,7 @@ ROOM = 1.25  # side of the frame in pictures of an aligned face: room to turn
 STILL = 2e-4  # metres: a shape that moves a vertex by less leaves it alone
 GREY = 0.65  # albedo of a head without a texture
 ROUNDS, COARSE, SHORT = 3, 0.06, 1.2e-3  # edges are split where their colour is so far off, down to metres
+MOST = 2**16  # vertices that the faces can count
 # a face whose first n edges are split, in corners 0 1 2 and the middles 3 4 5 of the edges that follow them
 PARTS = {
     1: ((0, 3, 2), (3, 1, 2)),
@@ -31,26 +33,6 @@ PARTS = {
     3: ((0, 3, 5), (3, 1, 4), (5, 4, 2), (3, 4, 5)),
 }
 _meshes: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # head -> _Mesh
-
-# slider of Edit Face -> what it does, the head's named shapes and their weights at 1
-EXPRESSIONS = {
-    "smile": (
-        "Corners of the mouth up",
-        {"mouthSmile_L": 1.0, "mouthSmile_R": 1.0, "cheekSquint_L": 0.4, "cheekSquint_R": 0.4},
-    ),
-    "frown": ("Corners of the mouth down", {"mouthFrown_L": 1.0, "mouthFrown_R": 1.0}),
-    "raise_brows": (
-        "Brows up",
-        {"browInnerUp_L": 1.0, "browInnerUp_R": 1.0, "browOuterUp_L": 1.0, "browOuterUp_R": 1.0},
-    ),
-    "lower_brows": ("Brows down and together", {"browDown_L": 1.0, "browDown_R": 1.0}),
-    "blink": ("Upper lids closed", {"eyeBlink_L": 1.0, "eyeBlink_R": 1.0}),
-    "squint": ("Eyes narrowed", {"eyeSquint_L": 1.0, "eyeSquint_R": 1.0}),
-    "wide_eyes": ("Eyes wide open", {"eyeWide_L": 1.0, "eyeWide_R": 1.0}),
-    "pucker": ("Lips as for a kiss", {"mouthPucker": 1.0}),
-    "puff_cheeks": ("Cheeks blown up", {"cheekPuff_L": 1.0, "cheekPuff_R": 1.0}),
-    "sneer": ("Nose wrinkled", {"noseSneer_L": 1.0, "noseSneer_R": 1.0}),
-}
 
 
 @dataclass(frozen=True)
@@ -103,10 +85,10 @@ def pack(head, code: FaceCode) -> bytes:
     pivot, joint (of the jaw), centres (of the eyeballs): metres; early: see `_Rig`; arrays: name -> type,
     shape, offset, scale and origin of each, value = stored * scale + origin. A "field" holds one bit a
     vertex, first the high ones, then int8 x y z for those that are set.
-    Raises ValueError when the code belongs to another head.
+    Raises ValueError when the code belongs to another head, and for a head of more than MOST vertices.
     """
     code = code[0]
-    code.require_head(head.name)
+    code.require_head(head)
     rig, mesh = (_open if head.name == "open" else _flame)(head, code), _mesh(head)
     out = _Writer()
     out.integers("rest", mesh.of(rig.rest), "int16")
@@ -143,12 +125,12 @@ def pack(head, code: FaceCode) -> bytes:
 
 def _slider_fields(head) -> dict[str, Tensor]:
     """name -> offsets [V,3] at 1, of the sliders whose shapes the head has."""
-    names = {name: i for i, name in enumerate(head.expression_names)}
-    known = {k: shapes for k, (_, shapes) in EXPRESSIONS.items() if set(shapes) <= set(names)}
+    names = head.expression_names
+    known = [k for k, (_, needed) in EXPRESSIONS.items() if set(needed) <= set(names)]
     exp = head.expressions.new_zeros(len(known) + 1, head.sizes.exp)  # the last is the neutral face
-    for row, shapes in zip(exp, known.values()):
-        for name, weight in shapes.items():
-            row += weight * head.expressions[names[name]]
+    for row, slider in zip(exp, known):
+        for name, weight in shapes(names, {slider: 1.0}).items():
+            row += weight * head.expressions[names.index(name)]
     shape, pose = (exp.new_zeros(len(exp), n) for n in (head.sizes.shape, head.sizes.pose))
     verts = head.verts(shape, exp, pose)
     return dict(zip(known, verts[:-1] - verts[-1]))
@@ -173,8 +155,12 @@ class _Writer:
             scale, middle = float((high - low).max()) / 65000, (low + high) / 2
             values, more = values - middle, {"origin": middle.tolist()}
         info = np.iinfo(kind)
-        values = np.clip(np.rint(values / scale), info.min, info.max).astype(kind)
-        self._add(name, kind, values, scale=scale, **more)
+        values = np.rint(values / scale)
+        if values.min() < info.min or values.max() > info.max:
+            raise ValueError(
+                f"'{name}' runs from {values.min():.0f} to {values.max():.0f}: that is no {kind}"
+            )
+        self._add(name, kind, values.astype(kind), scale=scale, **more)
 
     def floats(self, name: str, values: Tensor):
         self._add(name, "float32", values.detach().cpu().float().numpy(), scale=1)
@@ -237,7 +223,10 @@ def _mesh(head) -> _Mesh:
         faces, corner = head.faces.cpu(), head.uv[head.uv_faces].cpu()
         texture, points, pairs = _texture(head, head.mean_code(1, 64)), head.template.cpu(), []
         for _ in range(ROUNDS):
-            faces, corner, pair = _split(faces, corner, points, texture)
+            finer, corners, pair = _split(faces, corner, points, texture)
+            if len(points) + len(pair) > MOST:
+                break
+            faces, corner = finer, corners
             points = torch.cat([points, points[pair].mean(1)])
             pairs.append(pair)
         uv = corner.new_zeros(len(points), 2)

@@ -24,7 +24,7 @@ def ratio_image(head, image: Tensor, code: FaceCode, light: Tensor, matte: Tenso
     code: one face in the frame of the image. matte [1,1,s,s]: face, neck and hair. On the fitted head the
     gain is the ratio of shadings; over the rest of the matte it goes on smoothly.
     """
-    code.require_head(head.name)
+    code.require_head(head)
     sh.check_light(light)
     fragments, normal, _ = buffers.geometry(head, code, tuple(image.shape[2:]))
     mask = fragments.mask.to(normal)

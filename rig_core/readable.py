@@ -142,8 +142,13 @@ def _parse(text: str, kind: str) -> dict:
 
 
 def _shown(value) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+    """The beginning of a value, which may be long, as JSON."""
+    text = ""
+    for piece in json.JSONEncoder().iterencode(value):
+        text += piece[:41]
+        if len(text) > 40:
+            return text[:37] + "..."
+    return text
 
 
 def _field(data, name: str, where: str):

@@ -93,7 +93,7 @@ def sample(
     solver: str = "ddim",
     eta: float = 0.0,
     clip: bool = True,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
     callback: Callable[[dict], None] | None = None,
     correct: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Tensor:
@@ -101,7 +101,8 @@ def sample(
 
     denoiser(x_t, t [B] float original timestep, condition) -> eps. solver: "ddim" (eta 0..1), "ddpm",
     "ab2" (one evaluation a step; at least 15 steps of a "quad" grid), "heun" (two a step).
-    generator draws the noise of "ddpm" and of eta > 0. callback(dict(i, n, t, x, x_0)) after each step
+    generator draws the noise of "ddpm" and of eta > 0: one for the batch, or a list of one for each picture,
+    whose noise then does not depend on the batch. callback(dict(i, n, t, x, x_0)) after each step
     may raise to stop the run. correct(i, x) -> x changes the state after step i, also the last (mean
     matching). Raises ValueError for an unknown solver and for eta with a solver other than DDIM.
     """
@@ -227,7 +228,12 @@ def predict(eps: Tensor, x: Tensor, recip: float, s: float, clip: bool) -> tuple
     return x_0, y.sub_(x_0).div_(s)
 
 
-def draw(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Normal noise like x; drawn where the generator lives, so that a CPU seed means the same everywhere."""
+def draw(x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+    """Normal noise like x; drawn where the generator lives, so that a CPU seed means the same everywhere.
+
+    Of a list of generators each draws for one picture. Raises ValueError for a list of another length.
+    """
+    if isinstance(generator, list):
+        return torch.cat([draw(one, g) for one, g in zip(x.split(1), generator, strict=True)])
     device = generator.device if generator is not None else x.device
     return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)

@@ -70,9 +70,9 @@ def track(
         change.append(0.0 if last is None else float((small - last).abs().mean()))
         last = small
         before = None if change[-1] > motion.CUT else before  # perhaps a cut: choose anew
-        box = _stay(_boxes(image), before, gap, size, order, index)
+        box = _stay(locate.find(image), before, gap, size, order, index)
         here = None if box is None else landmarks.find_landmarks(image, box)
-        here = None if here is None or _outside(here, size) > 0.5 else here
+        here = None if here is None or landmarks.outside(here, size) > 0.5 else here
         if here is None and missing == "error":
             raise landmarks.NoFaceError(
                 f"frame {i} of the video (counted from 0) does not show the face: cut it there, or choose "
@@ -96,13 +96,6 @@ def track(
     return Track(filled[1:], found, tuple(motion.shot_starts(torch.tensor(change))))
 
 
-def _boxes(image: Tensor) -> Tensor:
-    try:
-        return landmarks.find_faces(image)[0]
-    except landmarks.NoFaceError:
-        return image.new_zeros(0, 4)
-
-
 def _stay(boxes: Tensor, before: Tensor | None, gap: int, size, order: str, index: int) -> Tensor | None:
     """The box [1,4] nearest to the one before, further away the longer the face was not seen; or None."""
     if before is None:
@@ -114,12 +107,6 @@ def _stay(boxes: Tensor, before: Tensor | None, gap: int, size, order: str, inde
     nearest = int(away.argmin())
     reach = float((before[:, 2:] - before[:, :2]).amax()) * (1 + gap) / 2
     return boxes[nearest : nearest + 1] if away[nearest] < reach else None
-
-
-def _outside(points: Tensor, size) -> float:
-    """Share of landmarks [1,68,2] that lie outside of a picture (H, W)."""
-    x, y = points.unbind(-1)
-    return float(((x < -0.5) | (y < -0.5) | (x > size[1] - 0.5) | (y > size[0] - 0.5)).float().mean())
 
 
 @dataclass(frozen=True)

@@ -142,31 +142,37 @@ def shadow_strength(c: Canvas) -> None:
 
 
 def rig_condition(c: Canvas, face: Face, model, code, what: str):
-    """Render Buffers and DiffusionRig Condition for a code."""
+    """Render Buffers and DiffusionRig Condition for a code -> what to paint, where the head is."""
     buffers = c.node("RenderBuffers", f"Render Buffers ({what})", face_model=face.face_model, face_code=code)
-    return c.node(
+    told = c.node(
         "DiffusionRigCondition",
         f"Condition ({what})",
         model=model,
         image=face.image,
         buffers=buffers["buffers"],
-    )["conditioning"]
+    )
+    return told["conditioning"], buffers["mask"]
 
 
 def paint(c: Canvas, face: Face, model, code):
     """A DiffusionRig relights the face: its own code to noise, the lit one back -> photos."""
     c.column("3 · The photo as noise (once)")
-    own = rig_condition(c, face, model, code, "as photographed")
+    own, mask = rig_condition(c, face, model, code, "as photographed")
     noise = c.node("DDIMInvert", model=model, conditioning=own, image=face.image, preset="custom")
     c.column("4 · The light: play here")
     lit = c.node("SHLightEdit", face_model=face.face_model, face_code=code)["face_code"]
-    new = rig_condition(c, face, model, lit, "relit")
+    new, _ = rig_condition(c, face, model, lit, "relit")
     c.column("5 · The photo again")
     made = c.node(
         "ConditionedSample", model=model, conditioning=new, noise=noise["noise"], unedited=own, guidance=1.5
     )
     return c.node(
-        "PasteBack", photo=face.photo, edited=made["image"], crop=face.align["crop"], before=noise["before"]
+        "PasteBack",
+        photo=face.photo,
+        edited=made["image"],
+        crop=face.align["crop"],
+        before=noise["before"],
+        mask=mask,
     )["photo"]
 
 
@@ -183,7 +189,7 @@ def pose_and_expression(c: Canvas) -> None:
     code = c.node("EditFace", face_model=face_model, face_code=face.code, yaw=12.0, smile=0.6)["face_code"]
     moved = c.node("MovePhoto", face_model=face_model, image=face.image, source=face.code, target=code)
     c.column("4 · The moved photo as noise")
-    own = rig_condition(c, face, model, code, "moved")
+    own, _ = rig_condition(c, face, model, code, "moved")
     noise = c.node(
         "DDIMInvert",
         model=model,
@@ -194,7 +200,7 @@ def pose_and_expression(c: Canvas) -> None:
     )
     c.column("5 · The light: play here")
     lit = c.node("SHLightEdit", face_model=face_model, face_code=code, mix=0.0)["face_code"]
-    new = rig_condition(c, face, model, lit, "edited")
+    new, _ = rig_condition(c, face, model, lit, "edited")
     c.column("6 · The photo again")
     made = c.node(
         "ConditionedSample", model=model, conditioning=new, noise=noise["noise"], unedited=own, guidance=1.5
@@ -282,7 +288,7 @@ def stock_ksampler(c: Canvas) -> None:
     face = Face(c, photo, size, face_model=face_model)
     c.column("3 · What to paint")
     lit = c.node("SHLightEdit", face_model=face_model, face_code=face.code)["face_code"]
-    told = rig_condition(c, face, model, lit, "relit")
+    told, _ = rig_condition(c, face, model, lit, "relit")
     c.column("4 · ComfyUI's own sampler")
     empty = c.node("EmptyPixelLatent", conditioning=told)["latent"]
     clipped = c.node("ClipDenoised", model=model)["model"]
@@ -301,7 +307,7 @@ def stock_ksampler(c: Canvas) -> None:
     fresh = c.node("VAEDecode", "VAE Decode (from noise)", samples=sampled, vae=vae)["IMAGE"]
     c.node("SaveImage", "Save Image (from noise)", images=fresh, filename_prefix="face_rig/ksampler")
     c.column("5 · Inversion with stock nodes")
-    own = rig_condition(c, face, model, face.code, "as photographed")
+    own, mask = rig_condition(c, face, model, face.code, "as photographed")
     sigmas = c.node("GuidedSigmas", model=model, steps=50)["sigmas"]
     euler, silent = c.node("KSamplerSelect")["SAMPLER"], c.node("DisableNoise")["NOISE"]
     pixels = c.node("VAEEncode", pixels=face.image, vae=vae)["LATENT"]
@@ -326,7 +332,7 @@ def stock_ksampler(c: Canvas) -> None:
     )
     made = c.node("VAEDecode", "VAE Decode (of the photo)", samples=back["output"], vae=vae)["IMAGE"]
     c.column("7 · Result")
-    pasted = c.node("PasteBack", photo=photo, edited=made, crop=face.align["crop"])["photo"]
+    pasted = c.node("PasteBack", photo=photo, edited=made, crop=face.align["crop"], mask=mask)["photo"]
     c.node("SaveImage", images=pasted, filename_prefix="face_rig/stock_inversion")
 
 
@@ -335,12 +341,11 @@ def personal_identity_transfer(c: Canvas) -> None:
     face = Face(c, photo, size, face_model=face_model)
     c.column("3 · The person's shape")
     code = c.node("MeanShape", face_model=face_model, face_code=face.code, model=model)["face_code"]
-    told = rig_condition(c, face, model, code, "the person")
+    told, mask = rig_condition(c, face, model, code, "the person")
     c.column("4 · Paint from noise")
     made = c.node(
         "ConditionedSample", model=model, conditioning=told, steps=50, solver="ddpm", preset="custom", seed=11
     )
-    mask = next(n for n in c.nodes if n.type == "FaceRig_RenderBuffers")["mask"]
     pasted = c.node(
         "PasteBack",
         photo=photo,

@@ -6,6 +6,7 @@ host does: under a module name made of its path. The signatures are as strict as
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -32,6 +33,7 @@ class Host:
     interrupt_after: int | None = None
     progress: list = field(default_factory=list)
     loaded: list = field(default_factory=list)
+    resident: list = field(default_factory=list)  # what the last load asked for: all else may have left
     previews: list = field(default_factory=list)
     texts: list = field(default_factory=list)
     said: list = field(default_factory=list)
@@ -189,6 +191,10 @@ def _model_management(host: Host):
         if host.interrupt_after is not None and len(host.progress) >= host.interrupt_after:
             raise Interrupted
 
+    def load_models_gpu(models, memory_required=0):
+        host.loaded.extend(models)
+        host.resident = list(models)
+
     cpu = torch.device("cpu")
     return {
         "InterruptProcessingException": Interrupted,
@@ -198,7 +204,7 @@ def _model_management(host: Host):
         "unet_offload_device": lambda: cpu,
         "unet_dtype": lambda model_params=0, supported_dtypes=(): torch.float32,
         "unet_manual_cast": lambda dtype, device, supported_dtypes=(): None,
-        "load_models_gpu": lambda models, memory_required=0: host.loaded.extend(models),
+        "load_models_gpu": load_models_gpu,
         "get_free_memory": lambda device: 2**32,
         "throw_exception_if_processing_interrupted": throw_exception_if_processing_interrupted,
     }
@@ -355,6 +361,29 @@ def install(monkeypatch, folder: Path) -> Host:
         if parent:
             setattr(sys.modules[parent], child, module)
     return host
+
+
+@contextlib.contextmanager
+def only_what_was_loaded(host: Host, *patchers):
+    """Within, calling one of these networks that the latest load did not ask for is an error.
+
+    So it is on a device with little memory, or with --disable-smart-memory. Gives back whose networks were
+    called, in order.
+    """
+    owner = {m: p for p in patchers for m in p.model.modules()}
+    called = []
+
+    def look(module, inputs):
+        patcher = owner.get(module)
+        assert patcher is None or patcher in host.resident, f"{type(patcher.model).__name__} is not loaded"
+        if patcher is not None and patcher not in called[-1:]:
+            called.append(patcher)
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(look)
+    try:
+        yield called
+    finally:
+        hook.remove()
 
 
 def load_pack(monkeypatch):

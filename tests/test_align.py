@@ -235,3 +235,32 @@ def test_display_and_linear_are_inverse():
     x = torch.linspace(0, 1, 1001)
     assert (align.to_display(align.to_linear(x)) - x).abs().max() < 1e-6
     assert float(align.to_linear(torch.tensor(0.5))) == pytest.approx(0.21404, abs=1e-5)
+
+
+def test_a_border_is_repeated_without_the_mode_that_mps_lacks(monkeypatch):
+    x, g = picture(97, 131), torch.Generator().manual_seed(0)
+    grid = torch.rand(1, 50, 60, 2, generator=g) * 4 - 2  # far beyond the picture, too
+    grid[0, 0, :4] = torch.tensor([[-1.0, -1.0], [1.0, 1.0], [1.0, 0.0], [-1 + 1 / 131, 1 - 1 / 97]])
+    want = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    torch.testing.assert_close(align.sample(x, grid, "border"), want, atol=2e-6, rtol=0)
+    real = F.grid_sample
+
+    def older(image, grid, mode, padding, **more):
+        assert padding != "border"
+        return real(image, grid, mode, padding, **more)
+
+    monkeypatch.setattr(F, "grid_sample", older)
+    crop_at(60, 40, 50, 32).back(picture(32, 32), (97, 131))
+
+
+def test_values_are_looked_at_once(monkeypatch):
+    x = picture(20, 30, batch=3)
+    seen, real = [], torch.Tensor.aminmax
+    monkeypatch.setattr(torch.Tensor, "aminmax", lambda v: seen.append(tuple(v.shape)) or real(v))
+    monkeypatch.setattr(torch, "isfinite", None)
+    align.check_image(x)
+    assert seen == [(3, 20, 30)] * 3
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x[1, 2, 3, 4] = bad
+        with pytest.raises(ValueError, match="picture 1 of the batch holds NaN or infinite"):
+            align.check_image(x)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from rig_core import buffers, raster, sh
 from rig_core.face import FaceCode, axis_angle_to_matrix
+from rig_core.heads import HeadSizes
 
 GOLDEN = Path(__file__).parent / "golden"
 MESH = load_file(GOLDEN / "raster_mesh.safetensors")
@@ -20,6 +21,7 @@ def head_of(verts, albedo, faces, uv, uv_faces, name="flame"):
     """A head that shows given vertices, whatever the code."""
     return SimpleNamespace(
         name=name,
+        sizes=HeadSizes(shape=1, tex=1, exp=1, pose=1),
         faces=faces.long(),
         uv=uv,
         uv_faces=uv_faces.long(),

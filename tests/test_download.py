@@ -274,15 +274,16 @@ def test_the_entry_fetches_and_loads(pack, server, parser):
     node = pack.nodes["FaceRig_LoadFaceParser"]
     assert entry == "download 79999_iter.pth (53 MB, MIT)" and options(pack)[:2] == [name, entry]
     assert node.define_schema().inputs[0].default == name and not server.asked  # never by itself
-    assert node.validate_inputs(file=entry) is True and node.fingerprint_inputs(file=entry) == name
+    before = node.fingerprint_inputs(file=entry)
+    assert node.validate_inputs(file=entry) is True and before == node.fingerprint_inputs(file=name)
     (got,) = pack.run("LoadFaceParser", file=entry)
     assert isinstance(got.model, pack.core.estimators.parsing.BiSeNet)
     assert path.read_bytes() == server.contents
     done, total, _ = pack.host.progress[-1]
     assert done == total == len(server.contents) and len(pack.host.progress) > 50
     assert entry not in options(pack) and options(pack)[0] == name
-    marks = node.fingerprint_inputs(file=entry), node.fingerprint_inputs(file=name)
-    assert marks[0] == marks[1] != name  # one file behind both
+    # one file behind both, and what follows need not run again for the fetch
+    assert node.fingerprint_inputs(file=entry) == node.fingerprint_inputs(file=name) == before
     (again,) = pack.run("LoadFaceParser", file=entry)  # a graph that was saved with it
     assert len(server.asked) == 1
     for a, b in zip(got.model.state_dict().values(), again.model.state_dict().values()):
@@ -305,7 +306,7 @@ def test_stop_in_the_host_keeps_what_has_come(pack, server, parser):
 def test_without_a_network_the_error_says_what_to_do(pack, server, parser):
     name, entry, path = parser
     server.status = 503
-    with pytest.raises(OSError, match="79999_iter.pth could not be fetched: the server says 503") as e:
+    with pytest.raises(OSError, match="'file': 79999_iter.pth could not be .* the server says 503") as e:
         pack.run("LoadFaceParser", file=entry)
     assert "zllrunning/face-parsing.PyTorch" in str(e.value) and str(path.parent) in str(e.value)
 
@@ -318,3 +319,11 @@ def test_a_missing_file_is_not_fetched_but_named(pack, server, parser):
     assert said == str(e.value) and not server.asked
     for word in ("'file'", name, "models/face_rig", str(path.parent), "press R", entry, "optional"):
         assert word in said
+
+
+def test_another_file_of_that_name_is_another_file(pack, server, parser):
+    name, entry, path = parser
+    node = pack.nodes["FaceRig_LoadFaceParser"]
+    before = node.fingerprint_inputs(file=name)
+    path.write_bytes(b"own training")
+    assert node.fingerprint_inputs(file=name) == node.fingerprint_inputs(file=entry) != before

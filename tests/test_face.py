@@ -86,3 +86,19 @@ def test_resized_keeps_the_face_in_place(head):
         torch.testing.assert_close(buffers.to_image(verts, code), buffers.to_image(verts, other))
     whole, half = buffers.render(head, code, 64), buffers.render(head, code.resized((64, 64)))
     assert torch.equal(whole.mask, half.mask)
+
+
+def test_codes_fit_a_head_by_name_and_numbers(head):
+    code = random_code(head, 2)
+    code.require_head(head)
+    with pytest.raises(ValueError, match="'target' belongs to the 'flame' head, but the 'open'"):
+        code.replace(head="flame").require_head(head, "target")
+    for part, n in code.sizes.items():
+        longer = code.replace(**{part: torch.zeros(2, n + 1)})
+        for refuse in (
+            lambda c: c.require_head(head),
+            lambda c: face.lerp(code, c, 0.5),
+            lambda c: face.cat([code, c]),
+        ):
+            with pytest.raises(ValueError, match=f"'face_code' has {n + 1} numbers of '{part}'.* has {n}:"):
+                refuse(longer)

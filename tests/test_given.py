@@ -34,8 +34,11 @@ def test_one_box_in_every_form(form):
         assert [b.tolist() for b in given.boxes(form, n, SIZE)] == [[CORNERS]] * n
 
 
-def test_four_numbers_that_are_no_corners_are_place_and_size():
-    assert given.boxes([40.0, 20.0, 30.0, 40.0], 1, SIZE)[0].tolist() == [[40.0, 20.0, 70.0, 60.0]]
+def test_four_numbers_that_are_no_corners_are_refused_and_a_dict_is_asked_for():
+    with pytest.raises(ValueError, match="four numbers are corners x0, y0, x1, y1; give a dict for x, y"):
+        given.boxes([40.0, 20.0, 30.0, 40.0], 1, SIZE)
+    at = dict(zip(("x", "y", "width", "height"), (40.0, 20.0, 30.0, 40.0)))
+    assert given.boxes(at, 1, SIZE)[0].tolist() == [[40.0, 20.0, 70.0, 60.0]]
 
 
 def test_lists_of_boxes():

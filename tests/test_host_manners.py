@@ -248,7 +248,7 @@ def test_a_photo_without_a_face_is_named(host):
     event, data = messages[-1]
     assert not ok and event == "execution_error"
     assert data["node_type"] == "FaceRig_AlignFace"
-    assert re.match(r"no face found in the picture: use a photo that", data["exception_message"])
+    assert re.match(r"'photo': no face found in the picture: use a photo that", data["exception_message"])
     ok, messages, _ = host.run(graph(host))  # and the next prompt is right
     assert ok, messages[-1]
 

@@ -182,6 +182,55 @@ def test_no_other_model_leaves_without_need(host, pretend_gpu):
     assert c.model.current_loaded_device() == encoder.current_loaded_device() == cpu
 
 
+def test_what_works_together_is_on_the_device_together(host, pretend_gpu, monkeypatch):
+    """With --disable-smart-memory each load sends away all that it did not ask for."""
+    from fractions import Fraction
+
+    from comfy_api.latest import InputImpl
+    from comfy_api.util import VideoComponents
+
+    monkeypatch.setattr(mm(), "DISABLE_SMART_MEMORY", True)
+    tools = sys.modules[host.pack.__name__ + ".nodes.host"]
+    given = {
+        "model": load(host, "relight", FILES["relight"]),
+        "face_model": host.node("LoadFaceModel", file=DEFAULT)[0],
+        "identity_encoder": host.node("LoadIdentityEncoder", file=DEFAULT)[0],
+        "shadow_estimator": host.node("LoadShadowEstimator", file=DEFAULT)[0],
+        "face_parser": tools.estimator(host.core.estimators.parsing.BiSeNet().eval()),
+    }
+    at_work = {"finder": tools.face_finder()} | {k: v for k, v in given.items() if k != "face_model"}
+    owner = {m: k for k, p in at_work.items() for m in p.model.modules()}
+    called = []
+
+    def look(module, inputs):
+        name = owner.get(module)
+        if name is not None and name not in called[-1:]:
+            called.append(name)
+            assert at_work[name].loaded_size() == at_work[name].model_size(), f"{name} was driven away"
+
+    photo = Image.open(host.base / "input" / "astronaut.jpg").convert("RGB").crop((110, 40, 350, 232))
+    frame = torch.frombuffer(bytearray(photo.tobytes()), dtype=torch.uint8).view(1, 192, 240, 3) / 255
+    film = VideoComponents(images=frame, audio=None, frame_rate=Fraction(5))
+    how = {
+        "shadow_change": 1.0,
+        "cast_shadow": True,
+        "preset": "custom",
+        "steps": 1,
+        "smooth": 0.0,
+        "crf": 20,
+    }
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(look)
+    try:
+        host.node("RelightVideo", video=InputImpl.VideoFromComponents(film), missing="error", order="largest",
+                  index=0, **how, **given)  # fmt: skip
+    finally:
+        hook.remove()
+    first, *passes = called
+    assert first == "identity_encoder" and passes == [
+        "finder", "identity_encoder", "shadow_estimator", "face_parser", "model",
+    ]  # fmt: skip
+
+
 def test_a_head_on_a_gpu_is_a_copy(host, pretend_gpu):
     tools = sys.modules[host.pack.__name__ + ".nodes.host"]
     given = host.node("LoadFaceModel", file=DEFAULT)[0]
@@ -257,7 +306,7 @@ def pixels(host, shown: dict) -> bytes:
 @pytest.fixture(scope="module")
 def stopped_graph(host):
     """A relit photo; how often its nodes ask whether to stop; the result."""
-    graph = json.loads((ROOT / "tests" / "api" / "relight_a_portrait.json").read_text(encoding="utf-8"))
+    graph = json.loads((ROOT / "tests" / "api" / "Relight a portrait.json").read_text(encoding="utf-8"))
     key = {n["class_type"]: k for k, n in graph.items()}
     graph[key["FaceRig_LoadDiFaReli"]]["inputs"]["file"] = FILES["relight"]
     graph[key["FaceRig_DDIMInvert"]]["inputs"] |= {"preset": "custom", "steps": 4, "solver": "ddim"}

@@ -371,3 +371,88 @@ def test_memory_does_not_grow_with_the_film():
     short, long = measured(60), measured(600)
     # MB: landmarks and crops; the frames alone would be 240 as floats
     assert long["peak_mb"] < short["peak_mb"] + 30, (short, long)
+
+
+def loud(path) -> float:
+    """Seconds at which the sound of a file is first heard."""
+    import av
+
+    with av.open(str(path)) as c:
+        return next(f.time for f in c.decode(audio=0) if np.abs(f.to_ndarray()).max() > 0.05)
+
+
+@pytest.mark.parametrize("cut, want", [((0.0, 0.0), 1.0), ((0.5, 0.0), 0.5), ((1.5, 1.0), 0.0)])
+def test_sound_that_starts_late_or_is_cut_stays_where_it_belongs(host, video, tmp_path, cut, want):
+    import av
+
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=10)
+        stream.width, stream.height = 96, 64
+        heard = out.add_stream("pcm_s16le", rate=8000)
+        heard.layout = "mono"
+        for x in still(n=30):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(x, format="rgb24")))
+        out.mux(stream.encode(None))
+        for k in range(10, 30):  # from the second second on
+            frame = av.AudioFrame.from_ndarray(np.full((1, 800), 8000, np.int16), format="s16", layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = 8000, 800 * k, Fraction(1, 8000)
+            out.mux(heard.encode(frame))
+        out.mux(heard.encode(None))
+
+    class Window(type(from_file(path))):
+        def get_active_trim_window(self):
+            return cut
+
+    film = video.Film(Window(str(path)), "video")
+    made, _ = video.write_video(film, (x.float() / 255 for x in film.frames()), 30)
+    assert loud(made.get_stream_source()) == pytest.approx(want, abs=0.05)  # AAC's own delay
+
+
+def test_one_frame_is_made_and_a_cut_is_jumped_to(host, video, tmp_path, monkeypatch):
+    import av
+
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=10)
+        stream.width, stream.height = 96, 64
+        stream.options = {"crf": "0", "g": "10", "sc_threshold": "0"}  # a key frame every second
+        for x in still(n=60):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(x, format="rgb24")))
+        out.mux(stream.encode(None))
+
+    class Window(type(from_file(path))):
+        def get_active_trim_window(self):
+            return 4.5, 0.0
+
+    decoded, made, picture, real = [], [], video._picture, av.open
+    monkeypatch.setattr(video, "_picture", lambda f: made.append(1) or picture(f))
+    whole = video.Film(from_file(path), "video")
+    want = list(whole.frames())
+    made.clear()
+    steps = []
+    assert torch.equal(whole.frame(47, lambda: steps.append(1)), want[47])
+    assert len(steps) == 48 and len(made) == 1
+
+    class Container:
+        def __init__(self, path, **how):
+            self.real = real(path, **how)
+
+        def __getattr__(self, name):
+            return getattr(self.real, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.real.close()
+
+        def decode(self, stream):
+            for frame in self.real.decode(stream):
+                decoded.append(1)
+                yield frame
+
+    monkeypatch.setattr(av, "open", Container)
+    cut = list(video.Film(Window(str(path)), "video").frames())
+    assert len(cut) == 15 and all(torch.equal(a, b) for a, b in zip(cut, want[45:]))
+    assert len(decoded) <= 20 + 5  # from the key frame before, not from the beginning

@@ -182,9 +182,15 @@ def draw(name, inputs, made, films) -> None:
     elif name == "Train and use a personal model":
         tiles = [((0, 0), (SIZE, SIZE // 2), made[0]), ((0, SIZE // 2), quarter, inputs["person.png"])]
         tiles += [((SIZE // 2, SIZE // 2), quarter, made[-1])]
-    elif len(made) > 4 or name == "Stock KSampler":
-        four = [photo, *made] if len(made) < 4 else [made[i * (len(made) - 1) // 3] for i in range(4)]
+    elif len(made) > 4:
+        four = [made[i * (len(made) - 1) // 3] for i in range(4)]
         tiles = [((i % 2 * SIZE // 2, i // 2 * SIZE // 2), quarter, x) for i, x in enumerate(four)]
+    elif name == "Stock KSampler":
+        tiles = [
+            ((0, 0), quarter, photo),
+            ((0, SIZE // 2), quarter, made[0]),
+            ((SIZE // 2, 0), half, made[1]),
+        ]
     elif name in ("Copy the light of a photo", "Personal appearance mixing"):
         tiles = [((0, 0), quarter, photo), ((0, SIZE // 2), quarter, other), ((SIZE // 2, 0), half, made[0])]
     else:

@@ -191,3 +191,17 @@ def test_steadying_takes_out_jitter_within_a_track_only():
     x = locate.steady(faces, 2.0)[:, :2].mean(1)[:, 0]
     assert (x[2:10] - 40).abs().max() < 0.05 and (x[14:22] - 100).abs().max() < 0.05
     assert x[:12].max() < 41 and x[12:].min() > 99  # nothing flows over the cut
+
+
+def test_without_smoothing_no_face_is_followed(monkeypatch):
+    monkeypatch.setattr(locate, "tracks", None)
+    faces = film([20.0, 60.0], [61.0, 21.0])
+    assert torch.equal(locate.steady(faces, 0.0), faces.points)
+
+
+def test_faces_are_compared_once_a_pair_of_pictures(monkeypatch):
+    calls, overlap = [], locate._overlap
+    monkeypatch.setattr(locate, "_overlap", lambda a, b: calls.append((len(a), len(b))) or overlap(a, b))
+    faces = film([20.0, 60.0, 90.0], [61.0, 21.0], [22.0])
+    assert locate.tracks(faces).tolist() == [0, 1, 2, 1, 0, 0]
+    assert calls == [(3, 0), (2, 3), (1, 2)]

@@ -434,8 +434,13 @@ def test_what_the_registry_reads():
 
 def test_the_workflow_files():
     publish = (ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8")
-    for line in ("uses: Comfy-Org/publish-node-action@main", "paths: [pyproject.toml]", "branches: [main]"):
-        assert line in publish
+    assert re.search(r"uses: Comfy-Org/publish-node-action@[0-9a-f]{40} ", publish)  # its secret is a key
+    assert re.search(
+        r"on:\n  workflow_dispatch:\n  push:\n    tags: \[\"v\*\"\]\n\w", publish
+    )  # nothing else
+    check = re.search(r'run: grep -qx "(.+)" pyproject.toml', publish)[1]
+    assert check == 'version = \\"${GITHUB_REF_NAME#v}\\"'
+    assert re.search(r'^version = "[\d.]+"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
     assert "personal_access_token: ${{ secrets.REGISTRY_ACCESS_TOKEN }}" in publish
     ci = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
     assert "[ubuntu-latest, windows-latest, macos-latest]" in ci and "bash .ci/run" in ci

@@ -172,6 +172,8 @@ def test_bad_input(head, truth):
         matte.head_matte(head, code, truth.image)
     with pytest.raises(ValueError, match="belongs to the 'flame' head"):
         matte.head_matte(head, code.replace(head="flame"), image)
-    bare = types.SimpleNamespace(name="open", masks={"face": torch.ones(3), "neck": torch.ones(3)})
+    bare = types.SimpleNamespace(
+        name="open", sizes=head.sizes, masks={"face": torch.ones(3), "neck": torch.ones(3)}
+    )
     with pytest.raises(ValueError, match="no mask 'scalp': use the open head or a face parser"):
         matte.head_matte(bare, code, image)

@@ -183,3 +183,17 @@ def test_wrong_shots_are_named():
     for starts in ([1], [0, 5], [0, 3, 3], []):
         with pytest.raises((ValueError, IndexError)):
             motion.smooth(torch.zeros(5, 1), 1.0, starts)
+
+
+def test_a_thumbnail_is_the_mean_of_areas_at_any_size():
+    for size in ((16, 16), (97, 131), (40, 1920), (9, 30)):
+        x = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+        want = torch.nn.functional.adaptive_avg_pool2d(x, 16)[0]
+        torch.testing.assert_close(motion.thumbnail(x), want, atol=1e-6, rtol=0)
+
+
+def test_a_thumbnail_needs_no_adaptive_pooling(monkeypatch):
+    """MPS has it for whole factors only."""
+    monkeypatch.setattr("torch.nn.functional.adaptive_avg_pool2d", None)
+    small = motion.thumbnail(torch.full((1, 3, 97, 131), 0.25))
+    torch.testing.assert_close(small, torch.full((3, 16, 16), 0.25))

@@ -154,7 +154,109 @@ def test_wrong_connections_are_named(pack, head, model, face, conditioned):
         )
     with pytest.raises(ValueError, match="DiffusionRig Condition"):
         model.model.diffusion_model(torch.zeros(1, 3, SIZE, SIZE), torch.zeros(1))
-    with pytest.raises(ValueError, match="'spacing'"):
-        pack.run("ConditionedSample", model=model, conditioning=conditioned, spacing="nonsense")
-    with pytest.raises(ValueError, match="solver 'nonsense'"):
-        pack.run("ConditionedSample", model=model, conditioning=conditioned, solver="nonsense")
+
+
+@pytest.mark.parametrize("node", ["DDIMInvert", "ConditionedSample"])
+def test_each_node_takes_what_is_on_its_lists_and_nothing_else(pack, model, conditioned, face, node):
+    given = {"model": model, "conditioning": conditioned, "steps": 2, "preset": "custom"}
+    if node == "DDIMInvert":
+        given |= {"image": face[0], "paint_back": False}
+    lists = {i.id: i.options for i in pack.nodes["FaceRig_" + node].define_schema().inputs if i.options}
+    assert ("ddpm" in lists["solver"]) == ("as inverted" in lists["preset"]) == (node == "ConditionedSample")
+    for name in ("solver", "spacing"):
+        for value in lists[name]:
+            pack.run(node, **given | {name: value})
+    for name, other in (("preset", "as inverted"), ("solver", "ddpm"), ("spacing", "cubic"), ("preset", "")):
+        if other not in lists[name]:
+            with pytest.raises(ValueError, match=f"'{name}' is one of {lists[name][0][:4]}.*, not '{other}'"):
+                pack.run(node, **given | {name: other})
+
+
+def many(pack, model, face, n: int):
+    """Conditioning of n pictures of the face, the same but for their brightness."""
+    buffers = pack.run("RenderBuffers", face_model=pack.run("LoadFaceModel")[0], face_code=face[3])[0]
+    images = face[0] * torch.linspace(1, 0.4, n)[:, None, None, None]
+    told = pack.run("DiffusionRigCondition", model=model, image=images, buffers=buffers)[0]
+    return told, images
+
+
+def by(monkeypatch, pack, step: int) -> None:
+    """So many pictures go through the denoiser at once."""
+    host = pack.nodes_module.host
+    monkeypatch.setattr(host, "batches", lambda model, n, *_: host.slices(n, step))
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "ab2"])
+@pytest.mark.parametrize("same_noise", [True, False])
+def test_a_seed_means_the_same_however_many_go_at_once(pack, model, face, monkeypatch, solver, same_noise):
+    told, _ = many(pack, model, face, 3)
+    how = {"model": model, "steps": 3, "preset": "custom", "solver": solver, "seed": 4}
+
+    def run(step, told=told, same=same_noise):
+        by(monkeypatch, pack, step)
+        return pack.run("ConditionedSample", conditioning=told, same_noise=same, **how)[0]
+
+    whole = run(3)
+    for step in (1, 2):
+        torch.testing.assert_close(run(step), whole, atol=1e-4, rtol=0)
+    name, (text, fields) = "rig_physical", told[0]
+    alike = [[text, {k: v[:1].expand(3, *v.shape[1:]) if k != name else v for k, v in fields.items()}]]
+    a, b, _ = run(3, alike)
+    assert ((a - b).abs().max() < 1e-4) == same_noise  # one noise in every step, or one each
+    a = run(3, alike, True)[0] - run(3, alike, False)[0]
+    assert a.abs().max() < 1e-4  # the first picture's is the same either way
+
+
+def test_the_step_noise_changes_with_the_seed_and_from_picture_to_picture(pack, model, conditioned, face):
+    """Also where the noise at the start is given."""
+    how = {"model": model, "conditioning": conditioned, "steps": 3, "preset": "custom"}
+    noise, _ = pack.run("DDIMInvert", image=face[0], solver="ddim", **how)
+    noise["face_rig_noise"]["solver"] = "ddpm"
+    how |= {"solver": "ddpm", "noise": noise}
+    a, b, c = (pack.run("ConditionedSample", seed=s, **how)[0] for s in (1, 1, 2))
+    assert torch.equal(a, b) and (a - c).abs().mean() > 0.01
+    two = [[t, {k: v.expand(2, *v.shape[1:]) for k, v in fields.items()}] for t, fields in conditioned]
+    how["conditioning"] = two
+    a, b = (pack.run("ConditionedSample", same_noise=same, **how)[0] for same in (True, False))
+    assert (a[0] - a[1]).abs().max() < 1e-4 and (b[0] - b[1]).abs().mean() > 0.01
+
+
+def test_the_means_follow_the_noise_that_is_picked_from_a_batch(pack, model, face):
+    told, images = many(pack, model, face, 3)
+    how = {"model": model, "steps": 3, "preset": "custom", "solver": "ddim"}
+    noise, _ = pack.run("DDIMInvert", conditioning=told, image=images, match_means=True, **how)
+
+    def sample(rows, latent):
+        picked = [[told[0][0], {k: v if len(v) == 1 else v[rows] for k, v in told[0][1].items()}]]
+        return pack.run("ConditionedSample", conditioning=picked, noise=latent, **how)[0]
+
+    whole = sample([0, 1, 2], noise)
+    assert (whole[0] - whole[2]).abs().mean() > 0.01
+    for rows in ([2], [1, 2], [2, 0, 1], [0, 0, 1, 1]):  # as Latent From Batch, Repeat and Join leave it
+        picked = {**noise, "samples": noise["samples"][rows].clone()}
+        torch.testing.assert_close(sample(rows, picked), whole[rows], atol=1e-4, rtol=0)
+    more = torch.cat([noise["samples"][:1], noise["samples"][1:2] * 1.1])
+    with pytest.raises(ValueError, match="'noise' holds 2 pictures, but number 1 of them .* one of the 3"):
+        sample([0, 1], {**noise, "samples": more})
+    plain, _ = pack.run("DDIMInvert", conditioning=told, image=images, **how)
+    assert len(sample([0, 1], {**plain, "samples": more})) == 2  # nothing that could part
+
+
+class Clock:
+    """time.monotonic of the progress bar, which each step moves on."""
+
+    def __init__(self, monkeypatch, pack, seconds: float):
+        self.now, self.seconds = 0.0, seconds
+        monkeypatch.setattr(pack.nodes_module.host.running.time, "monotonic", self)
+
+    def __call__(self) -> float:
+        self.now += self.seconds
+        return self.now
+
+
+@pytest.mark.parametrize("seconds, shown", [(1 / 16, [1, 5, 9, 13, 14]), (0.3, list(range(1, 15)))])
+def test_five_previews_a_second_and_the_last(pack, model, conditioned, monkeypatch, seconds, shown):
+    Clock(monkeypatch, pack, seconds)
+    pack.run("ConditionedSample", model=model, conditioning=conditioned, steps=14)
+    assert [p[:2] for p in pack.host.progress] == [(i, 14) for i in range(1, 15)]
+    assert [p[0] for p in pack.host.progress if p[2]] == shown

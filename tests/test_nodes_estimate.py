@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tests import host_double
 from tests.node_pack import *  # noqa: F403 the fixtures
 from tests.node_pack import ROOT, SIZE, psnr
 
@@ -122,7 +123,7 @@ def test_no_face_one_face_several_faces_in_real_photos(pack, people):
     with pytest.raises(ValueError, match="has 2 faces, there is no face number 5"):
         pack.run("AlignFace", photo=both, size=SIZE, index=5)
     empty = torch.full((1, 120, 160, 3), 0.4)
-    with pytest.raises(ValueError, match="no face found in the picture"):
+    with pytest.raises(ValueError, match="'photo': no face found in the picture"):
         pack.run("AlignFace", photo=empty)
     frames = torch.cat([woman[:, :height], torch.full_like(woman[:, :height], 0.4)])
     with pytest.raises(ValueError, match="no face found in picture 2 of 2"):
@@ -134,9 +135,9 @@ def test_no_face_one_face_several_faces_in_real_photos(pack, people):
 
 
 def test_landmarks_that_do_not_fit_are_named(pack, head, face):
-    with pytest.raises(ValueError, match=r"landmarks must be \[faces, 68, 2\]"):
+    with pytest.raises(ValueError, match=r"'landmarks': landmarks must be \[faces, 68, 2\]"):
         pack.run("FitToLandmarks", face_model=head, image=face[0], landmarks=torch.zeros(1, 5, 2))
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(ValueError, match="'landmarks': .* NaN"):
         pack.run("FitToLandmarks", face_model=head, image=face[0], landmarks=face[2] * float("nan"))
     with pytest.raises(ValueError, match="'landmarks' holds 2 faces, but there are 3 pictures"):
         pack.run(
@@ -159,7 +160,7 @@ def test_a_face_that_leaves_the_photo_is_told_or_refused(pack, scene, caplog):
     out = pack.run("PasteBack", photo=photo[:, :, some:], edited=image * 0.5, crop=crop)[0]
     assert out.shape == photo[:, :, some:].shape and (out < photo[:, :, some:] - 0.05).any()
     at = torch.tensor([most, 0.0])
-    with pytest.raises(ValueError, match="the face leaves the photo: only 2[0-2] of its 68"):
+    with pytest.raises(ValueError, match="'photo': the face leaves it, only 2[0-2] of its 68"):
         pack.run("AlignFace", photo=photo[:, :, most:], size=SIZE, landmarks=points - at)
     caplog.clear()
     pack.run("AlignFace", photo=photo, size=SIZE, landmarks=points)
@@ -167,8 +168,8 @@ def test_a_face_that_leaves_the_photo_is_told_or_refused(pack, scene, caplog):
 
 
 def test_an_edit_shows_on_the_mask_and_near_it(pack, face):
-    image, (crop, *rest) = face[0], face[1]
-    inside = pack.nodes_module.sockets.Aligned(crop.replace(matrix=torch.eye(3)[None]), *rest)
+    image, crop = face[0], face[1].crop
+    inside = face[1]._replace(crop=crop.replace(matrix=torch.eye(3)[None]), size=(SIZE, SIZE))
     mask = torch.zeros(1, SIZE, SIZE)
     mask[:, 24:40, 24:40] = 1
     darker = image * 0.5
@@ -380,16 +381,148 @@ def test_unknown_modes_and_unfit_numbers_are_named(pack, scene, face):
         ({"mode": "blend"}, "'mode' is ratio or difference or replace, not 'blend'"),
         ({"photo": scene[0].expand(3, -1, -1, -1)}, "'photo' holds 3 pictures, but 'edited' 1"),
         ({"edited": face[0][:, :, :40]}, "'edited' is 40 x 64 pixels, an aligned face is square"),
-        ({"before": face[0].expand(2, -1, -1, -1)}, "'before' holds 2"),
+        ({"photo": scene[0].expand(2, -1, -1, -1)}, "but 'edited' 1: give 1$"),
+        ({"photo": scene[0][:, :90]}, "'photo' is 128 x 90 pixels, Align Face had 128 x 96"),
+        ({"before": face[0].expand(2, -1, -1, -1)}, "'before' holds 2 pictures or faces, but 1 is needed$"),
+        ({"before": face[0][:, :40, :40]}, "'before' is 40 x 40 pixels, 'edited' 64 x 64"),
         ({"motion": torch.zeros(1, SIZE, SIZE, 2)}, "'motion' needs 'before'"),
     ):
         with pytest.raises(ValueError, match=message):
             pack.run("PasteBack", **{**given, **change})
     for change, message in (
-        ({"order": "nearest"}, "order is one of"),
-        ({"faces": "some"}, "faces one of"),
-        ({"missing": "ignore"}, "missing is one of"),
+        ({"order": "nearest"}, "'order' is one of largest, .*, not 'nearest'"),
+        ({"faces": "some"}, "'faces' is one of one, all, not 'some'"),
+        ({"missing": "ignore"}, "'missing' is one of error, .*, not 'ignore'"),
         ({"mask": torch.ones(2, 4, 4)}, "'mask' holds 2"),
     ):
-        with pytest.raises(ValueError, match=message):
-            pack.run("AlignFace", photo=scene[0], **change)
+        for landmarks in (None, scene[1]):
+            with pytest.raises(ValueError, match=message):
+                pack.run("AlignFace", photo=scene[0], landmarks=landmarks, **change)
+
+
+def test_the_faces_of_given_landmarks_are_chosen_like_those_found(pack, people):
+    """By order, index, mask and box, whether a tensor or a face mesh brings them."""
+    both, wide = people[2], people[0].shape[2]
+    found = pack.run("AlignFace", photo=both, size=SIZE, order="left to right", faces="all")
+    image, points = found[0], found[1].crop.invert_points(found[2])
+    mask = torch.zeros(1, 10, 10)
+    mask[:, :, 5:] = 1
+    right = {"x": wide + 20, "y": 10, "width": 200, "height": 250}
+    order = {"order": "left to right"}
+    given = {"frames": [[{"landmarks_xy": p.numpy()} for p in points.flip(0)]]}
+    for landmarks in (points.flip(0), given):
+
+        def run(landmarks=landmarks, **how):
+            return pack.run("AlignFace", photo=both, size=SIZE, landmarks=landmarks, **how)[0]
+
+        for how, which in (
+            ({**order, "index": 1}, [1]), (order, [0]), ({**order, "faces": "all"}, [0, 1]),
+            ({"mask": mask}, [1]), ({"box": right}, [1]),
+        ):  # fmt: skip
+            torch.testing.assert_close(run(**how), image[which], atol=2e-3, rtol=0)
+        with pytest.raises(ValueError, match="'photo': the picture has 2 faces, there is no face number 2"):
+            run(index=2)
+        with pytest.raises(ValueError, match="'photo': .*face number 0 inside the mask does not exist"):
+            run(mask=torch.zeros(1, 9, 9))
+
+
+def test_a_fit_takes_all_landmarks_in_their_order(pack, head, people):
+    """One picture, several faces: 'order' and 'index' do not count, but they are looked at."""
+    both = people[2]
+    found = pack.run("AlignFace", photo=both, size=SIZE, order="left to right", faces="all")
+    points = found[1].crop.invert_points(found[2]).flip(0)
+    how = {"face_model": head, "image": both, "landmarks": points}
+    code = pack.run("FitToLandmarks", index=1, order="top to bottom", **how)[0]
+    at = pack.core.buffers.to_image(torch.zeros(2, 1, 3), code)[:, 0, 0]
+    assert len(code) == 2 and at[0] > at[1]
+    with pytest.raises(ValueError, match="'order' is one of"):
+        pack.run("FitToLandmarks", order="best", **how)
+
+
+def finder(pack):
+    return pack.nodes_module.host.face_finder()
+
+
+def test_the_face_finder_is_loaded_where_faces_are_sought_and_only_there(pack, head, scene, people):
+    """scene's landmarks are known; one of its boxes is not matched by them."""
+
+    def loads(node, **inputs):
+        pack.host.loaded.clear()
+        pack.run(node, **inputs)
+        return pack.host.loaded.count(finder(pack))
+
+    photo, points = scene
+    woman = people[0]
+    image, _, at, _ = pack.run("AlignFace", photo=woman, size=SIZE)
+    box = [20.0, 20.0, 90.0, 90.0]
+    assert loads("AlignFace", photo=woman) == 1
+    assert loads("AlignFace", photo=photo, landmarks=points) == 0
+    assert loads("AlignFace", photo=photo, landmarks=points, box=box) == 1
+    assert loads("FitToLandmarks", face_model=head, image=woman) == 1
+    assert loads("FitToLandmarks", face_model=head, image=image, landmarks=at) == 0
+    assert loads("LightFromPhoto", face_model=head, photo=woman) == 1
+
+
+class Crops(torch.nn.Module):
+    """A network in DECA's place that says 0 to every crop."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(3, 236))
+        torch.nn.init.zeros_(self.layers[0].weight)
+
+    def forward(self, x):
+        return self.layers(x.mean((2, 3)))
+
+
+def with_deca(pack, head, monkeypatch):
+    """A FACE_MODEL whose encoder is called like DECA and whose answer is the head's mean face."""
+    networks, deca = pack.nodes_module.host.networks, pack.core.estimators.deca
+    monkeypatch.setattr(networks, "DECA", Crops)
+    encoder = pack.nodes_module.host.estimator(Crops())
+
+    def encode(net, image, landmarks):
+        assert net(image).shape == (len(landmarks), 236)
+        return head.mean_code(len(landmarks), tuple(image.shape[2:]))
+
+    monkeypatch.setattr(deca, "encode", encode)
+    return pack.core.heads.FaceModel(head, encoder)
+
+
+def test_deca_and_the_face_finder_are_there_when_they_are_asked(pack, head, people, monkeypatch):
+    """Each load may drive away all that it did not ask for."""
+    model = with_deca(pack, head, monkeypatch)
+    parts = (finder(pack), model.encoder)
+    for node, image in (("DECAEncode", "image"), ("LightFromPhoto", "photo")):
+        with host_double.only_what_was_loaded(pack.host, *parts) as called:
+            pack.run(node, face_model=model, **{image: people[0].repeat(2, 1, 1, 1)})
+        assert called == list(parts)  # first one, then the other
+    pack.host.resident = []
+    with host_double.only_what_was_loaded(pack.host, *parts), pytest.raises(AssertionError, match="Crops is"):
+        model.encoder.model(torch.zeros(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize("node", ["AlignFace", "FitToLandmarks", "LightFromPhoto"])
+def test_the_search_for_faces_can_be_stopped_and_shows_on_the_bar(pack, head, people, monkeypatch, node):
+    landmarks = pack.core.estimators.landmarks
+    sought, seek = [], landmarks.find_faces
+    monkeypatch.setattr(landmarks, "find_faces", lambda *a, **k: sought.append(1) or seek(*a, **k))
+    given = {"AlignFace": {}, "FitToLandmarks": {"face_model": head}, "LightFromPhoto": {"face_model": head}}
+    photos = {"image" if node == "FitToLandmarks" else "photo": people[0].repeat(3, 1, 1, 1)}
+    pack.host.interrupt_after = 2
+    with pytest.raises(host_double.Interrupted):
+        pack.run(node, **given[node], **photos)
+    assert len(sought) == 3 and len(pack.host.progress) == 2
+    pack.host.interrupt_after = None
+    pack.host.progress.clear()
+    pack.run(node, **given[node], **photos)
+    done, total, _ = pack.host.progress[-1]
+    assert [p[0] for p in pack.host.progress] == list(range(1, total + 1)) and done == total >= 4
+
+
+def test_outside_is_the_share_of_landmarks_beyond_the_edges(pack):
+    outside = pack.core.estimators.landmarks.outside
+    points = torch.tensor(
+        [[[-0.6, 3.0], [-0.4, 3.0], [9.4, 4.4], [9.6, 2.0]], [[0, 0], [9, 4], [5, 5], [5, 4]]]
+    )
+    assert outside(points.float(), (5, 10)).tolist() == [0.5, 0.25]

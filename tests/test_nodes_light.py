@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests import host_double
 from tests.node_pack import *  # noqa: F403 the fixtures
 from tests.node_pack import ROOT, SIZE
 
@@ -75,7 +76,7 @@ def test_light_from_photo_is_the_light_of_the_chosen_face(pack, head):
     want = core.pipeline.estimate(head, man[:, :height].permute(0, 3, 1, 2).contiguous(), 256).code.light
     torch.testing.assert_close(alone, want, atol=1e-3, rtol=1e-3)
     assert not alone.requires_grad
-    with pytest.raises(ValueError, match="has 2 faces, there is no face number 2"):
+    with pytest.raises(ValueError, match="'photo': the picture has 2 faces, there is no face number 2"):
         pack.run("LightFromPhoto", face_model=head, photo=both, index=2)
     with pytest.raises(ValueError, match="no face found"):
         pack.run("LightFromPhoto", face_model=head, photo=torch.full((1, 120, 160, 3), 0.4))
@@ -120,11 +121,44 @@ def test_mixed_lights(pack, head, face):
     )  # double light is gamma 2.2
     with pytest.raises(ValueError, match="'light_b' holds NaN"):
         pack.run("MixLights", light_a=a, light_b=b * float("nan"))
-    with pytest.raises(ValueError, match="a sequence goes from one light"):
+    with pytest.raises(ValueError, match="'light_a' and 'light_b' hold 2 and 1 lights"):
         pack.run("MixLights", light_a=torch.cat([a, b]), light_b=b, mode="sequence")
-    with pytest.raises(ValueError, match="both weights are 0"):
+    with pytest.raises(ValueError, match="'weight_a' and 'weight_b' are both 0"):
         pack.run("MixLights", light_a=a, light_b=b, weight_a=0.0, weight_b=0.0)
     with pytest.raises(ValueError, match="'light_b' holds 2"):
         pack.run("MixLights", light_a=a.expand(3, -1, -1), light_b=torch.cat([a, b]))
     with pytest.raises(ValueError, match="light holds NaN"):
         pack.run("SHLightEdit", face_model=head, face_code=face[3], light=a * float("nan"))
+
+
+def test_many_faces_are_lit_in_parts_and_can_be_stopped(pack, head, face, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    code = face[3].expand(7)
+    code = code.replace(light=code.light * (0.8 + 0.4 * torch.rand(7, 1, 1, generator=g)))
+    lights = code.light.flip(0)
+    run = lambda **how: pack.run("SHLightEdit", face_model=head, face_code=code, mix=0.7, **how)  # noqa: E731
+    whole = [run(), run(light=lights), run(light=lights[:1])]
+    monkeypatch.setattr(pack.nodes_module.light, "FACES", 3)
+    pack.host.progress.clear()
+    for want, how in zip(whole, ({}, {"light": lights}, {"light": lights[:1]}), strict=True):
+        lit, light, ball = run(**how)
+        torch.testing.assert_close(light, want[1], atol=1e-5, rtol=0)
+        torch.testing.assert_close(ball, want[2], atol=1e-5, rtol=0)
+        assert torch.equal(lit.light, light) and torch.equal(lit.shape, code.shape) and len(ball) == 7
+    assert [p[:2] for p in pack.host.progress] == [(i, 3) for i in (1, 2, 3)] * 3
+    pack.host.interrupt_after = len(pack.host.progress) + 1
+    with pytest.raises(host_double.Interrupted):
+        run()
+    assert len(pack.host.progress) == 10
+    with pytest.raises(ValueError, match="'mode' is one of model range, raw, not 'cooked'"):
+        run(mode="cooked")
+
+
+def test_one_ball_serves_many_lights(pack, monkeypatch):
+    core = pack.core
+    lights = torch.randn(5, 9, 3, generator=torch.Generator().manual_seed(0))
+    shade, sizes = core.sh.shade, []
+    monkeypatch.setattr(core.sh, "shade", lambda n, v: sizes.append(len(n)) or shade(n, v))
+    balls = core.light_prior.ball(lights, 32)
+    assert sizes == [1]  # no normals for each light
+    assert torch.equal(balls, torch.cat([core.light_prior.ball(v, 32) for v in lights.split(1)]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +29,7 @@ def panorama(height=64):
     return image
 
 
-def test_light_of_a_panorama(pack, head, code):
+def test_light_of_a_panorama(pack, head, code, monkeypatch):
     side = pack.core.sh.direction
     light, ball = pack.run("LightFromEnvironmentMap", panorama=panorama(), encoding="linear")
     assert light.shape == (1, 9, 3) and side(light)[0, 0] < -0.9  # the sitter's right is the picture's left
@@ -44,6 +46,16 @@ def test_light_of_a_panorama(pack, head, code):
     assert side(fitted, head.light_mean)[0, 0] < -0.7
     film, balls = pack.run("LightFromEnvironmentMap", panorama=panorama().repeat(3, 1, 1, 1), **own)
     assert len(film) == len(balls) == 3
+    real, sizes = pack.core.environment.panorama_light, []
+    monkeypatch.setattr(
+        pack.core.environment, "panorama_light", lambda x, *a: sizes.append(len(x)) or real(x, *a)
+    )
+    several = torch.cat([panorama(), panorama().flip(2)])
+    pair = pack.run("LightFromEnvironmentMap", panorama=several, encoding="linear")[0]
+    assert torch.equal(pair[0], light[0]) and side(pair)[1, 0] > 0.9 and sizes == [1, 1]  # one at a time
+    several[1, 5, 5] = float("inf")
+    with pytest.raises(ValueError, match="'panorama' holds NaN or infinite"):
+        pack.run("LightFromEnvironmentMap", panorama=several)
     grey = torch.cat([panorama()[..., :1], panorama()[..., :1] * 0 + 1], -1)
     with pytest.raises(ValueError, match="'panorama' has 2 channels"):
         pack.run("LightFromEnvironmentMap", panorama=grey)
@@ -98,10 +110,48 @@ def test_nothing_is_overwritten_when_the_counter_is_behind(pack, code, monkeypat
     monkeypatch.setattr(paths, "get_save_image_path", lambda *_: (same[0], "light", 1, "race", "race/light"))
     pack.run("SaveLight", light=code.light, filename_prefix="race/light")
     assert path.read_text() == "mine" and (path.parent / "light_00002_.json").read_text().startswith("{")
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("os.link", failing(OSError("no hard links here")))
+    pack.run("SaveLight", light=code.light, filename_prefix="race/light")
+    assert (path.parent / "light_00003_.json").read_text().startswith("{")
+    monkeypatch.setattr("os.replace", failing(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         pack.run("SaveLight", light=code.light, filename_prefix="race/light")
-    assert len(list(path.parent.iterdir())) == 2  # nothing half-written, no name taken
+    assert len(list(path.parent.iterdir())) == 3  # nothing half-written, no name taken
+
+
+def failing(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+def test_a_name_is_taken_by_whole_files_only(pack, code, monkeypatch):
+    """A kill at any time leaves no empty file, and one that is there is not offered."""
+    folder = pack.host.folder / "output" / "face_rig"
+    folder.mkdir(parents=True, exist_ok=True)
+    seen, link = [], os.link
+    monkeypatch.setattr(
+        "os.link",
+        lambda a, b: seen.append((Path(a).read_text()[:1], Path(b).exists())) or link(a, b),
+    )
+    pack.run("SaveLight", light=code.light, filename_prefix="face_rig/whole")
+    assert seen == [("{", False)]
+    (folder / "empty.json").touch()
+    (pack.host.folder / "input" / "empty.json").touch()
+    names = pack.nodes_module.host.text_names()
+    assert "whole_00001_.json [output]" in names and not [n for n in names if "empty" in n]
+
+
+def test_what_is_too_large_for_a_light_is_refused_unread(pack, monkeypatch):
+    texts = pack.nodes_module.host.texts
+    assert texts.MOST == 2**25
+    monkeypatch.setattr(texts, "MOST", 2**20)
+    (pack.host.folder / "input" / "large.json").write_text(" " * (2**20 + 1))
+    with pytest.raises(ValueError, match="'file': 'large.json' is larger than 1 MB"):
+        pack.run("LoadLight", file="large.json")
+    with pytest.raises(ValueError, match="'text': the text is larger than 1 MB"):
+        pack.run("LoadLight", file="large.json", text="[" * (2**20 + 1))
 
 
 @pytest.mark.parametrize(

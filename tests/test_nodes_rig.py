@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 
 from tests.node_pack import *  # noqa: F403 the fixtures
 from tests.node_pack import SIZE, psnr
+from tests.test_nodes_video import InWork
 
 
 def test_edit_face_moves_what_the_sliders_say(pack, head, face):
@@ -63,12 +67,12 @@ def test_edit_face_gives_the_page_the_fitted_face_and_not_the_edited_one(pack, h
         "jaw",
         "gaze_x",
         "gaze_y",
-        *pack.core.preview_mesh.EXPRESSIONS,
+        *pack.core.expressions.EXPRESSIONS,
     }
 
 
 def test_every_expression_slider_is_known_to_the_head(pack, head):
-    for _, shapes in pack.nodes_module.rig.EXPRESSIONS.values():
+    for _, shapes in pack.core.expressions.EXPRESSIONS.values():
         assert set(shapes) <= set(head.expression_names)
 
 
@@ -108,3 +112,78 @@ def test_a_code_of_another_head_is_refused(pack, head, face):
     for node in ("RenderBuffers", "EditFace", "SHLightEdit"):
         with pytest.raises(ValueError, match="'flame' head.*Load Face Model"):
             pack.run(node, face_model=head, face_code=code)
+
+
+def test_a_slider_that_the_head_has_no_shapes_for_is_named(pack, head, face):
+    bare = copy.copy(head)
+    bare.expression_names, bare.sizes = [], dataclasses.replace(head.sizes, pose=6)
+    code = face[3].replace(pose=face[3].pose[:, :6])
+    for widget in ("smile", "gaze_x", "gaze_y"):
+        with pytest.raises(ValueError, match=f"'{widget}'.*leave it at 0"):
+            pack.run("EditFace", face_model=bare, face_code=code, **{widget: 1.0})
+
+
+def test_sliders_add_up(pack, head):
+    shapes = pack.core.expressions.shapes(head.expression_names, {"smile": 0.5, "blink": 1.0, "sneer": 0.0})
+    assert shapes == {
+        "mouthSmile_L": 0.5, "mouthSmile_R": 0.5, "cheekSquint_L": 0.2, "cheekSquint_R": 0.2,
+        "eyeBlink_L": 1.0, "eyeBlink_R": 1.0,
+    }  # fmt: skip
+
+
+def test_where_the_head_is_copied_to_a_gpu_its_preview_mesh_is_made_once(pack, head, face, monkeypatch):
+    monkeypatch.setattr(pack.nodes_module.host, "head", copy.deepcopy)  # as on a GPU
+    mesh, own = pack.core.preview_mesh, copy.deepcopy(head)
+    made, split = [], mesh._split
+    monkeypatch.setattr(mesh, "_split", lambda *a: made.append(1) or split(*a))
+    for yaw in (0.0, 10.0):
+        pack.run("EditFace", face_model=own, face_code=face[3], yaw=yaw)
+    assert len(made) == mesh.ROUNDS
+
+
+def test_photos_are_moved_in_parts(pack, head, face, monkeypatch):
+    g, n = torch.Generator().manual_seed(0), 7
+    images, source = torch.rand(n, SIZE, SIZE, 3, generator=g), face[3].expand(n)
+    target = source.replace(pose=source.pose + 0.2 * torch.randn(source.pose.shape, generator=g))
+    given = {"face_model": head, "image": images, "source": face[3], "target": target}
+    whole = pack.run("MovePhoto", **given)
+    host = pack.nodes_module.host
+    monkeypatch.setattr(host, "chunks", lambda n, *_: host.slices(n, 2))
+    pack.host.progress.clear()
+    with InWork() as seen:
+        parts = pack.run("MovePhoto", **given)
+    assert [p[:2] for p in pack.host.progress] == [(i, 4) for i in (1, 2, 3, 4)] and n not in seen.batches
+    for a, b in zip(parts, whole, strict=True):
+        assert len(a) == n
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    with InWork() as seen:
+        made = pack.run("RenderBuffers", face_model=head, face_code=target)
+        pack.run("BuffersFromImages", buffers=made[0], albedo=images, recompute=True)
+    assert 2 in seen.batches and n not in seen.batches
+    for i, x in enumerate(pack.nodes_module.buffers.pictures(made[0]), 1):
+        torch.testing.assert_close(made[i], x.clamp(0, 1).permute(0, 2, 3, 1))
+
+
+def test_codes_with_other_numbers_than_the_heads_are_refused_everywhere(pack, head, face):
+    code = face[3]
+    short = code.replace(shape=code.shape[:, :3])
+    for node in ("RenderBuffers", "EditFace", "SHLightEdit", "LightOrbit", "NeutralFace"):
+        with pytest.raises(ValueError, match="'face_code' has 3 numbers of 'shape', this 'open' head has"):
+            pack.run(node, face_model=head, face_code=short)
+    for name, node in (("source", "MovePhoto"), ("target", "Transfer")):
+        given = {"source": code, "target": code, "face_model": head} | {name: short}
+        if node == "MovePhoto":
+            given["image"] = face[0]
+        with pytest.raises(ValueError, match=f"'{name}' has 3 numbers of 'shape'"):
+            pack.run(node, **given)
+    with pytest.raises(ValueError, match="'face_code' has 3 numbers of 'shape'"):
+        pack.run("InterpolateFaces", face_a=code, face_b=short)
+
+
+def test_the_edge_is_soft_with_a_motion_too(pack, head, scene, face):
+    image, crop, _, code = face
+    turned = pack.run("EditFace", face_model=head, face_code=code, yaw=10.0)[0]
+    moved, _, motion = pack.run("MovePhoto", face_model=head, image=image, source=code, target=turned)
+    given = {"photo": scene[0], "edited": moved * 0.8, "before": moved, "crop": crop, "motion": motion}
+    hard, wide = (pack.run("PasteBack", soft=soft, **given)[0] for soft in (0.0, 0.3))
+    assert (hard - wide).abs().max() > 0.05

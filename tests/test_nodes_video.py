@@ -5,6 +5,7 @@ The film's file is stood in for; tests/test_host_video.py has real ones.
 
 from __future__ import annotations
 
+import types
 from fractions import Fraction
 
 import numpy as np
@@ -32,6 +33,12 @@ class Film:
     def frames(self):
         self.passes += 1
         return iter(self.kept)
+
+    def frame(self, i, step):
+        if not self.kept:
+            raise ValueError("'video' has no frames")
+        step()
+        return self.kept[min(i, len(self.kept) - 1)]
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +151,55 @@ def test_one_frame_of_a_film(pack, photo, films):
     assert (
         torch.equal((image * 255).round().byte(), (255 - photo).permute(0, 2, 3, 1)) and count == film.count
     )
-    assert torch.equal(pack.run("VideoFrame", video=film, frame=9)[0], image)
+    assert torch.equal(pack.run("VideoFrame", video=film, frame=9)[0], image) and not film.passes
+
+
+def test_only_the_wanted_frame_is_made(pack, monkeypatch):
+    """Of an IMAGE held as VIDEO; a file's in tests/test_host_video.py."""
+    from comfy_api.latest import InputImpl
+
+    def held(n, channels=3):
+        images = torch.rand(n, 40, 40, channels, generator=torch.Generator().manual_seed(0))
+        parts = types.SimpleNamespace(images=images, audio=None, frame_rate=25)
+        return images, InputImpl.VideoFromComponents(parts)
+
+    host = pack.nodes_module.host.video
+    made, picture = [], host._picture
+    monkeypatch.setattr(host, "_picture", lambda f: made.append(1) or picture(f))
+    images, video = held(50)
+    for frame, want in ((31, 31), (70, 49)):
+        pack.host.progress.clear()
+        got, count = pack.run("VideoFrame", video=video, frame=frame)
+        assert torch.equal(got[0], images[want]) and count == 50
+        assert len(pack.host.progress) == want + 1
+    assert len(made) == 2
+    grey, video = held(2, 1)
+    assert torch.equal(pack.run("VideoFrame", video=video, frame=1)[0][0], grey[1].expand(-1, -1, 3))
     with pytest.raises(ValueError, match="'video' has no frames"):
-        pack.run("VideoFrame", video=Film([]))
+        pack.run("VideoFrame", video=held(0)[1])
+
+
+def test_sound_without_times_follows_itself_and_a_cut_takes_what_is_in_it(pack):
+    def frame(time, samples=800):
+        return types.SimpleNamespace(time=time, samples=samples, sample_rate=8000)
+
+    heard = pack.nodes_module.host.video._heard
+    frames = [frame(None), frame(None), frame(0.5), frame(None)]
+    assert [t for t, _ in heard(iter(frames), 0, 9.0)] == pytest.approx([0.0, 0.1, 0.5, 0.6])
+    cut = list(heard(iter(frames), 0.05, 0.6))
+    assert [t for t, _ in cut] == pytest.approx([0.05, 0.45]) and [f for _, f in cut] == frames[1:3]
+
+
+def test_every_pass_over_a_film_has_its_networks_on_the_device(pack, head, given, photo, films):
+    """Each load may drive away all that it did not ask for, as it is with little memory."""
+    host, checkpoints = pack.nodes_module.host, pack.core.estimators.parsing
+    with torch.inference_mode(False):
+        parser = host.estimator(checkpoints.BiSeNet().eval())
+    kept = [given["identity_encoder"], host.face_finder(), given["shadow_estimator"], given["model"], parser]
+    with host_double.only_what_was_loaded(pack.host, *kept) as called:
+        pack.run("RelightVideo", video=Film([photo]), shadow_change=3.0, face_parser=parser, **given)
+    identity, finder, shadow, model, _ = kept
+    assert called == [identity, finder, identity, shadow, parser, model]
 
 
 # long batches
@@ -235,3 +288,16 @@ def test_a_hundred_frames_are_a_hundred_pictures(pack, relit):  # noqa: F811
     for i in (0, 15, 16, 57, 99):
         for all_of_them, alone in zip(whole, run(slice(i, i + 1)), strict=True):
             torch.testing.assert_close(all_of_them[i : i + 1], alone, atol=5e-3, rtol=0)
+
+
+def test_a_batch_is_checked_where_it_lies(pack, monkeypatch):
+    """Nothing of it is moved or copied as a whole to look for NaN."""
+    host = pack.nodes_module.host
+    monkeypatch.setattr(host.images, "device", None)
+    images = torch.rand(7, 40, 50, 4)
+    with InWork() as seen:
+        assert host.check_pictures(images, "image") == (7, 40, 50)
+    assert 7 not in seen.batches
+    images[6, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="'image': picture 6 of the batch holds NaN"):
+        host.check_pictures(images, "image")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import zlib
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from rig_core import buffers, checkpoints, preview_mesh, raster
+from rig_core.expressions import EXPRESSIONS
 from rig_core.face import FaceCode, cat
 from rig_core.heads.flame import Flame
 from tests.test_flame import golden, tensors  # noqa: F401 fixtures
@@ -67,8 +69,8 @@ def test_the_open_head_comes_back_within_a_fifth_of_a_millimetre(head):
     torch.testing.assert_close(
         got["sin"][:count] * head.jaw_open_angle.sin(), head.jaw_rest, atol=2e-4, rtol=0
     )
-    assert got["sliders"] == list(preview_mesh.EXPRESSIONS)
-    for name, (_, shapes) in preview_mesh.EXPRESSIONS.items():
+    assert got["sliders"] == list(EXPRESSIONS)
+    for name, (_, shapes) in EXPRESSIONS.items():
         exp = sum(w * head.expressions[head.expression_names.index(k)] for k, w in shapes.items())
         moved = head.verts(code.shape, code.exp + exp, torch.zeros_like(code.pose))[0] - rest
         torch.testing.assert_close(got[f"slider.{name}"][:count], moved, atol=2.1e-4, rtol=0)
@@ -168,3 +170,13 @@ def test_the_head_that_travels_with_the_page_is_the_mean_face(head):
     for k in ("rest", "albedo", "slider.smile", "lids.up", "sin"):
         torch.testing.assert_close(kept[k], new[k], atol=1e-3, rtol=0)
     torch.testing.assert_close(torch.tensor(kept["camera"]), torch.tensor(new["camera"]))
+
+
+def test_edges_are_split_no_further_than_faces_can_count(head, monkeypatch):
+    monkeypatch.setattr(preview_mesh, "_texture", lambda *_: torch.rand(1, 3, 512, 512))  # split everywhere
+    mesh = preview_mesh._mesh(copy.deepcopy(head))
+    assert len(head.template) < len(mesh.uv) <= preview_mesh.MOST and int(mesh.faces.max()) < len(mesh.uv)
+    monkeypatch.setattr(preview_mesh, "MOST", len(head.template))
+    assert not preview_mesh._mesh(copy.deepcopy(head)).pairs
+    with pytest.raises(ValueError, match="'faces' runs from 0 to 65536: that is no uint16"):
+        preview_mesh._Writer().integers("faces", torch.tensor([0, 65536]), "uint16", 1)

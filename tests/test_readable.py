@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import pytest
 import torch
@@ -159,3 +160,13 @@ def test_what_could_not_be_read_is_not_written(code):
         readable.light_json(torch.full((1, 9, 3), 2e6))
     with pytest.raises(ValueError, match="'exp' holds NaN"):
         readable.face_json(code.replace(exp=code.exp / 0))
+
+
+def test_a_huge_value_is_shown_by_its_beginning_only():
+    for value in ([[]] * 300_000, {"a": [1.5] * 300_000}, "x" * 300_000):
+        tracemalloc.start()
+        said = readable._shown(value)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert said == json.dumps(value)[:37] + "..." and most < 700_000
+    assert readable._shown([0, 0, 2]) == "[0, 0, 2]" and readable._shown(None) == "null"

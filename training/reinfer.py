@@ -119,4 +119,4 @@ def rms(x: Tensor) -> Tensor:
 
 def _require(head, *codes: FaceCode) -> None:
     for code in codes:
-        code.require_head(head.name)
+        code.require_head(head)

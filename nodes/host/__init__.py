@@ -50,7 +50,7 @@ from .images import (
     repeat,
     slices,
 )
-from .networks import deca, estimator, face_finder, face_model, loaded_estimator
+from .networks import deca, encoder, estimator, face_finder, face_model, inside, loaded_estimator, together
 from .running import (
     Progress,
     device,
@@ -65,5 +65,5 @@ from .running import (
     warn,
 )
 from .temporary import temporary
-from .texts import check_prefix, read_text, save_text, text_fingerprint, text_names
+from .texts import check_prefix, check_text, read_text, save_text, text_fingerprint, text_names
 from .video import Film, write_video

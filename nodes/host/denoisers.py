@@ -202,10 +202,14 @@ def denoiser(model, kind: type | None = None) -> nn.Module:
     return inner.diffusion_model.net
 
 
-def loaded(model) -> nn.Module:
-    """`denoiser`, on the working device; with little memory the host may keep some layers elsewhere."""
+def loaded(model, *estimators) -> nn.Module:
+    """`denoiser`, on the working device; with little memory the host may keep some layers elsewhere.
+
+    estimators: what is needed beside it, as in `together`.
+    """
     size = denoiser(model).config.image_size
-    mm.load_models_gpu([model], memory_required=model.model.memory_required([1, 3, size, size]))
+    beside = [e for e in estimators if e is not None]
+    mm.load_models_gpu([model, *beside], memory_required=model.model.memory_required([1, 3, size, size]))
     return model.model.settle()
 
 

@@ -49,13 +49,20 @@ def meant(choice: str) -> str:
 def fetch_model(name: str) -> None:
     """Fetch a file of download.OFFERED into models/face_rig unless it is there, with the host's bar.
 
-    Raises download.DownloadError, or the host's exception when the user pressed stop: next time it goes on.
+    Raises download.DownloadError, which names 'file', or the host's exception when the user pressed stop:
+    next time it goes on.
     """
     if _there(name):
         return
     offer, path = download.OFFERED[name], Path(folder_paths.get_folder_paths(FOLDER)[0]) / name
     show = running.Progress(offer.size).bar.update_absolute
-    if not download.fetch(offer.url, path, offer.sha256, offer.size, show, running.stop_pressed, offer.page):
+    try:
+        there = download.fetch(
+            offer.url, path, offer.sha256, offer.size, show, running.stop_pressed, offer.page
+        )
+    except download.DownloadError as e:
+        raise download.DownloadError(f"'file': {e}") from e
+    if not there:
         running.end_prompt()
 
 
@@ -88,8 +95,14 @@ def missing_model(name: str | None, *args: str) -> str | bool:
 
 
 def model_fingerprint(name: str, beside=lambda folder: ()) -> str:
-    """Changes when the file behind a dropdown's entry does, or one of beside(its folder)."""
+    """Changes when the file behind a dropdown's entry does, or one of beside(its folder).
+
+    Of a file in download.OFFERED it is the same before and after it is fetched.
+    """
     path = None if name == DEFAULT else folder_paths.get_full_path(FOLDER, name)
+    offer = download.OFFERED.get(name)
+    if offer and (path is None or os.path.getsize(path) == offer.size):
+        return f"{name}:{offer.sha256}"
     if path is None:
         return name
     stats = [os.stat(p) for p in (path, *beside(os.path.dirname(path)))]

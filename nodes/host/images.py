@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
+from collections.abc import Iterator
 
 import comfy.model_management as mm
 import torch
@@ -19,41 +21,40 @@ def pictures(image: Tensor, name: str, least: int = 32, most: int | None = None)
     """IMAGE [B,H,W,C] -> RGB [B,3,H,W] float32 on the working device.
 
     Grey becomes RGB, alpha is dropped. `name` is the input's, for the errors: ValueError for an empty
-    batch, NaN, other channels, a side under `least` or over `most` pixels.
+    batch, NaN, other channels, a side under `least` or over `most` pixels. Looked at where IMAGE lies.
     """
-    x = _checked(image, slice(None), name)
+    x = _rgb(image, slice(None), name)
     _check_sides(x, name, least, most)
-    return x.contiguous()
+    return x.to(device()).contiguous()
 
 
 def check_pictures(
     image: Tensor, name: str, least: int = 32, most: int | None = None
 ) -> tuple[int, int, int]:
-    """Raise what `pictures` would for IMAGE [B,H,W,C], looking at some at a time; returns B, H, W.
+    """Raise what `pictures` would for IMAGE [B,H,W,C], moving and copying nothing of it; returns B, H, W.
 
     After it `pictures(image[part], name)` takes parts of a batch that is never copied as a whole.
     """
-    x = _checked(image, slice(0, 1), name)
+    x = _rgb(image, slice(0, 1), name)
     _check_sides(x, name, least, most)
-    n, (height, width) = len(image), x.shape[2:]
-    for part in chunks(n, height, width):
-        _checked(image, part, name)
-    return n, height, width
+    with _named(name):
+        align.check_values(image[..., :3])
+    return len(image), *x.shape[2:]
 
 
-def _checked(image: Tensor, part: slice, name: str) -> Tensor:
-    """A part of IMAGE as RGB [b,3,H,W] on the working device, or a ValueError that says what is wrong."""
+def _rgb(image: Tensor, part: slice, name: str) -> Tensor:
+    """A part of IMAGE as RGB [b,3,H,W], where it lies, or a ValueError that says what is wrong."""
     if not isinstance(image, Tensor) or image.ndim != 4:
         raise ValueError(f"'{name}' is not an IMAGE (batch, height, width, channels)")
-    x = image[part].movedim(-1, 1).to(device())
-    fine = torch.isfinite(x).flatten(1).all(1)
-    if not fine.all():
-        i = (part.start or 0) + int((~fine).nonzero()[0])
-        raise ValueError(
-            f"'{name}': picture {i} of the batch holds NaN or infinite values: check what made it"
-        )
+    with _named(name):
+        return align.check_image(image[part].movedim(-1, 1))
+
+
+@contextlib.contextmanager
+def _named(name: str):
+    """Errors inside with the input's name."""
     try:
-        return align.check_image(x)
+        yield
     except ValueError as e:
         raise ValueError(f"'{name}': {e}") from e
 
@@ -68,20 +69,21 @@ def _check_sides(x: Tensor, name: str, least: int, most: int | None) -> None:
         )
 
 
-def radiance(image: Tensor, name: str) -> Tensor:
-    """IMAGE [B,H,W,C] -> RGB [B,3,H,W] float32 on the working device, of any brightness: linear light.
+def radiance(image: Tensor, name: str) -> Iterator[Tensor]:
+    """IMAGE [B,H,W,C] -> its pictures one by one, RGB [1,3,H,W] float32 of any brightness: linear light.
 
-    Values below 0, which a resize leaves around a lamp, become 0. Raises ValueError for an empty batch, other
-    channels and NaN.
+    They stay where IMAGE lies: they may be large, and are to be made small. Values below 0, which a resize
+    leaves around a lamp, become 0. Raises ValueError for an empty batch, other channels and NaN.
     """
     if not isinstance(image, Tensor) or image.ndim != 4 or 0 in image.shape:
         raise ValueError(f"'{name}' is not an IMAGE (batch, height, width, channels)")
     if image.shape[-1] not in (1, 3, 4):
         raise ValueError(f"'{name}' has {image.shape[-1]} channels, a picture has 1, 3 or 4")
-    x = image[..., :3].movedim(-1, 1).to(device(), torch.float32)
-    if not torch.isfinite(x).all():
-        raise ValueError(f"'{name}' holds NaN or infinite values: look at the node that made it")
-    return x.clamp_min(0).expand(-1, 3, -1, -1).contiguous()
+    for x in image.split(1):
+        x = x[..., :3].movedim(-1, 1).float()
+        if not torch.stack(x.aminmax()).isfinite().all():
+            raise ValueError(f"'{name}' holds NaN or infinite values: look at the node that made it")
+        yield x.clamp_min(0).expand(-1, 3, -1, -1)
 
 
 def mask_pictures(mask: Tensor, name: str, size: int | None = None) -> Tensor:
@@ -109,7 +111,8 @@ def mask_pictures(mask: Tensor, name: str, size: int | None = None) -> Tensor:
 def repeat(x, n: int, name: str):
     """One picture (or face) for all n, or n of them. Raises ValueError for another number."""
     if len(x) not in (1, n):
-        raise ValueError(f"'{name}' holds {len(x)} pictures or faces, but {n} are needed: give 1 or {n}")
+        needed = "1 is needed" if n == 1 else f"{n} are needed: give 1 or {n}"
+        raise ValueError(f"'{name}' holds {len(x)} pictures or faces, but {needed}")
     return x if len(x) == n else x.expand(n, *x.shape[1:]) if isinstance(x, Tensor) else x.expand(n)
 
 
@@ -134,6 +137,8 @@ def mask(x: Tensor) -> Tensor:
 
 def joined(parts: list[Tensor]) -> Tensor:
     """torch.cat of a list that is emptied on the way, so that a long batch does not exist twice."""
+    if len(parts) == 1:
+        return parts.pop()
     out, done = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:]), 0
     while parts:
         x = parts.pop(0)

@@ -28,10 +28,15 @@ def face_model(given: FaceModel) -> FaceModel:
     return given if given.encoder is None else given._replace(encoder=estimator(given.encoder))
 
 
+def encoder(face_model):
+    """DECA of a FACE_MODEL as an `estimator`, None where it has none."""
+    return getattr(face_model, "encoder", None)
+
+
 def deca(face_model) -> nn.Module | None:
-    """DECA's encoder of a FACE_MODEL on the working device, None where it has none."""
-    patcher = getattr(face_model, "encoder", None)
-    return patcher and loaded_estimator(patcher, (DECA,), "face_model", "Load Face Model")
+    """DECA of a FACE_MODEL as a network, not moved, None where it has none."""
+    patcher = encoder(face_model)
+    return patcher and inside(patcher, (DECA,), "face_model", "Load Face Model")
 
 
 def estimator(net: nn.Module):
@@ -40,19 +45,30 @@ def estimator(net: nn.Module):
 
 
 @functools.cache
-def _face_finder() -> Whole:
+def face_finder() -> Whole:
+    """The networks that find faces and landmarks, as an `estimator`: the host must know of them to clear them
+    away. Load them where faces are sought."""
     nets = landmarks.default_networks()
     return estimator(nn.ModuleList([nets.finder, nets.landmarks]))
 
 
-def face_finder() -> None:
-    """Have the host know of the networks that find faces and landmarks, so that it can clear them away."""
-    mm.load_models_gpu([_face_finder()])
+def inside(patcher, kinds: tuple[type, ...], name: str, node: str) -> nn.Module:
+    """The inverse of `estimator`, not moved. Raises ValueError when `name` is another node's."""
+    if not isinstance(getattr(patcher, "model", None), kinds):
+        raise ValueError(f"'{name}' is not from {node}: connect that node")
+    return patcher.model
 
 
 def loaded_estimator(patcher, kinds: tuple[type, ...], name: str, node: str) -> nn.Module:
-    """The inverse of `estimator`, on the working device. Raises ValueError when `name` is another node's."""
-    if not isinstance(getattr(patcher, "model", None), kinds):
-        raise ValueError(f"'{name}' is not from {node}: connect that node")
-    mm.load_models_gpu([patcher])
-    return patcher.model
+    """`inside`, on the working device. For one alone: the next that is loaded may drive it away."""
+    net = inside(patcher, kinds, name, node)
+    together(patcher)
+    return net
+
+
+def together(*patchers) -> None:
+    """Have all of these on the working device at once, and None is nothing.
+
+    One that was loaded before may leave, for want of memory or as --disable-smart-memory wants it.
+    """
+    mm.load_models_gpu([p for p in patchers if p is not None])

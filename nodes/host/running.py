@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import time
 
 import comfy.model_management as mm
 import comfy.utils
@@ -55,19 +56,27 @@ def own_random_numbers():
         yield
 
 
+PREVIEW = 0.2  # seconds between previews: each makes the device wait and goes over the net
+
+
 class Progress:
-    """The host's bar with a preview. Each step raises the host's exception when the user pressed stop."""
+    """The host's bar, at times with a preview. Each step raises the host's exception when the user pressed
+    stop."""
 
     def __init__(self, total: int):
         self.bar = comfy.utils.ProgressBar(total)
         self.total = total
         self.done = 0
+        self.shown = float("-inf")  # when there was a preview
 
     def step(self, preview: Tensor | None = None) -> None:
-        """One step further. preview: [B,3,H,W] in -1..1, its first picture is shown."""
+        """One step further. preview: [B,3,H,W] in -1..1, its first picture is shown, at the last step and
+        where the one before is PREVIEW seconds old."""
         mm.throw_exception_if_processing_interrupted()
         self.done += 1
-        shown = None if preview is None else ("JPEG", _pil(preview), 512)
+        shown, now = None, time.monotonic()
+        if preview is not None and (self.done == self.total or now - self.shown >= PREVIEW):
+            shown, self.shown = ("JPEG", _pil(preview), 512), now
         self.bar.update_absolute(self.done, self.total, shown)
 
     def show(self, done: int, preview: Tensor | None = None) -> bool:

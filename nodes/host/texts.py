@@ -14,7 +14,7 @@ from .folders import FOLDER
 
 NO_FILE = "(none: from text)"
 OUTPUT = " [output]"  # as the host marks a file of its output folder
-MOST = 2**28  # bytes: some 30,000 faces
+MOST = 2**25  # bytes: some 4,000 faces
 
 
 def check_prefix(prefix: str) -> str:
@@ -35,26 +35,40 @@ def save_text(prefix: str, text: str, ending: str = ".json") -> str:
     """
     root = folder_paths.get_output_directory()
     folder, name, counter, inside, _ = folder_paths.get_save_image_path(check_prefix(prefix), root)
-    while True:
-        path = Path(folder) / f"{name}_{counter:05}_{ending}"
-        try:
-            path.touch(exist_ok=False)  # the name is ours now
-            break
-        except FileExistsError:
-            counter += 1
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = Path(folder) / f".{name}.{os.getpid()}.tmp"
     try:
         with open(temporary, "w", encoding="utf-8", newline="\n") as f:
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
+        while True:
+            path = Path(folder) / f"{name}_{counter:05}_{ending}"
+            try:
+                _give_name(temporary, path)
+                break
+            except FileExistsError:
+                counter += 1
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return os.path.join(inside, path.name).replace(os.sep, "/")
+
+
+def _give_name(temporary: Path, path: Path) -> None:
+    """Move a file to a name in the same folder. Raises FileExistsError where there is one of that name."""
+    try:
+        os.link(temporary, path)
+        return
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without hard links
+        path.touch(exist_ok=False)  # the name is ours now
+    try:
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
             path.unlink()
         raise
-    return os.path.join(inside, path.name).replace(os.sep, "/")
 
 
 def text_names() -> list[str]:
@@ -63,11 +77,15 @@ def text_names() -> list[str]:
     for folder, inside, files in os.walk(root):
         name = os.path.relpath(folder, root).replace(os.sep, "/")
         inside[:] = [d for d in inside if not d.startswith(".")] if name.count("/") < 2 else []
-        found += [f if name == "." else f"{name}/{f}" for f in files if f.lower().endswith(".json")]
+        found += [f if name == "." else f"{name}/{f}" for f in files if _holds_text(Path(folder) / f)]
     saved = Path(folder_paths.get_output_directory()) / FOLDER
-    files = [f.name for f in saved.iterdir()] if saved.is_dir() else []
-    found = sorted(found) + [f + OUTPUT for f in sorted(files) if f.lower().endswith(".json")]
-    return [*found, NO_FILE]
+    files = [f.name for f in saved.iterdir() if _holds_text(f)] if saved.is_dir() else []
+    return [*sorted(found), *(f + OUTPUT for f in sorted(files)), NO_FILE]
+
+
+def _holds_text(path: Path) -> bool:
+    """Whether it is a .json file with something in it."""
+    return path.suffix.lower() == ".json" and path.is_file() and path.stat().st_size > 0
 
 
 def _text_path(name: str) -> Path:
@@ -92,6 +110,13 @@ def read_text(name: str) -> str:
         return _text_path(name).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
         raise ValueError(f"'file': '{name}' is no text in UTF-8") from e
+
+
+def check_text(text: str) -> str:
+    """A text from the page. Raises ValueError for one that is too large for a light or faces."""
+    if len(text) > MOST:
+        raise ValueError(f"the text is larger than {MOST >> 20} MB, that is something else")
+    return text
 
 
 def text_fingerprint(name: str) -> str:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
+import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 
 import folder_paths
@@ -75,19 +77,40 @@ class Film:
 
     def frames(self) -> Iterator[Tensor]:
         """The frames [1,3,H,W], upright, on the working device: uint8 of a file, float 0..1 of IMAGE."""
+        return map(_picture, self._frames())
+
+    def frame(self, i: int, step: Callable[[], None]) -> Tensor:
+        """Frame i, counted from 0, or the last one of a shorter film, as `frames` hands it out.
+
+        Of those before it nothing is made; step() after each. Raises ValueError for a film without frames.
+        """
+        found = None
+        for frame in itertools.islice(self._frames(), i + 1):
+            found = frame
+            step()
+        if found is None:
+            raise ValueError(f"'{self.name}' has no frames")
+        return _picture(found)
+
+    def _frames(self) -> Iterator:
+        """The frames as they are held: PyAV's of a file, else of IMAGE."""
         self.times = []
         if self.parts is None:
             yield from self._decoded()
             return
         for i, image in enumerate(self.parts.images):
             self.times.append(i)
-            yield image[None, ..., :3].movedim(-1, 1).to(device())
+            yield image
 
-    def _decoded(self) -> Iterator[Tensor]:
+    def _decoded(self) -> Iterator:
         import av
 
+        count = 0
         with self._open() as container:
             stream = container.streams.video[0]
+            if self.begin:  # to the key frame before; what cannot jump there is read from its beginning
+                with contextlib.suppress(av.error.FFmpegError):
+                    container.seek(math.floor(self.begin / self.unit), stream=stream)
             decoded = container.decode(stream)
             while True:
                 try:
@@ -96,7 +119,8 @@ class Film:
                     raise ValueError(f"'{self.name}' is damaged after frame {len(self.times)}: {e}") from e
                 if frame is None:
                     return
-                at = len(self.times) / self.rate if frame.pts is None else frame.pts * self.unit
+                at = count / self.rate if frame.pts is None else frame.pts * self.unit
+                count += 1
                 if at < self.begin - SLACK:
                     continue
                 if at >= self.end - SLACK:
@@ -104,17 +128,25 @@ class Film:
                 time = round((at - Fraction(self.begin)) / self.unit)
                 self.times.append(max(time, self.times[-1] + 1) if self.times else time)
                 self.space = frame.colorspace
-                x = torch.from_numpy(frame.to_ndarray(format="rgb24"))
-                # as a phone held upright says; degrees against the clock
-                x = x.rot90(round(getattr(frame, "rotation", 0) / 90))
-                yield x.movedim(-1, 0)[None].contiguous().to(device())
+                yield frame
+
+
+def _picture(frame) -> Tensor:
+    """A frame of PyAV as RGB uint8, or one of IMAGE, as [1,3,H,W] on the working device."""
+    if isinstance(frame, Tensor):
+        return frame[None, ..., :3].movedim(-1, 1).to(device())
+    x = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+    # as a phone held upright says; degrees against the clock
+    x = x.rot90(round(getattr(frame, "rotation", 0) / 90))
+    return x.movedim(-1, 0)[None].contiguous().to(device())
 
 
 def write_video(film: Film, frames: Iterator[Tensor], crf: int):
     """A VIDEO of the frames [1,3,H,W] 0..1, with the times and the sound of a film that they are made of.
 
     A new mp4 in the host's temporary folder; nothing is left when a frame cannot be made, or the user stops.
-    crf: quality of H.264, 0 is lossless. Returns the VIDEO and the file's name.
+    crf: quality of H.264, 0 is the best; colours have half the resolution, as players want. Returns the VIDEO
+    and the file's name.
     """
     import av
 
@@ -166,7 +198,8 @@ class _Sound:
         self.out, self.packets, self.next = out, iter(()), None
         if film.parts is not None:
             if film.parts.audio:
-                self.packets = _encoded(out, _waves(film.parts.audio), int(film.parts.audio["sample_rate"]))
+                waves = _heard(_waves(film.parts.audio), 0, math.inf)
+                self.packets = _encoded(out, waves, int(film.parts.audio["sample_rate"]))
             return
         container = stack.enter_context(film._open())
         if not container.streams.audio:
@@ -176,8 +209,8 @@ class _Sound:
             stream = out.add_stream_from_template(given)
             self.packets = _copied(container, given, stream, film.end)
         else:
-            frames = (f for f in container.decode(given) if film.begin <= f.time < film.end)
-            self.packets = _encoded(out, frames, given.codec_context.sample_rate)
+            rate = given.codec_context.sample_rate
+            self.packets = _encoded(out, _heard(container.decode(given), film.begin, film.end), rate)
 
     def write(self, until) -> None:
         """Write what is heard before a time in seconds, so that sound and pictures lie beside each other."""
@@ -197,12 +230,27 @@ def _copied(container, given, stream, end: float):
         yield packet
 
 
+def _heard(frames, begin: float, end: float):
+    """Of frames of sound those within the cut, and when each is heard in the new film, in seconds.
+
+    One without a time follows the one before it.
+    """
+    at = 0.0
+    for frame in frames:
+        at = at if frame.time is None else frame.time
+        if begin <= at < end:
+            yield at - begin, frame
+        at += frame.samples / frame.sample_rate
+
+
 def _encoded(out, frames, rate: int):
-    stream, at = out.add_stream("aac", rate=rate), 0
+    """AAC of (seconds, frame): without gaps, from where the first one is heard."""
+    stream, at = out.add_stream("aac", rate=rate), None
 
     def packets():
         nonlocal at
-        for frame in frames:
+        for seconds, frame in frames:
+            at = round(seconds * rate) if at is None else at
             frame.pts, frame.time_base = at, Fraction(1, rate)
             at += frame.samples
             yield from stream.encode(frame)

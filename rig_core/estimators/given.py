@@ -24,9 +24,9 @@ MESH = (
 def boxes(given, n: int, size: tuple[int, int]) -> list[Tensor]:
     """Boxes [K,4] for each of n pictures of size (H, W).
 
-    One box is a dict with x, y, width and height, or four numbers x0, y0, x1, y1 (read as x, y, width,
-    height where they cannot be corners). given: one; a list or tensor of as many as there are pictures, one
-    each; a list of any other number, all for every picture; or a list of lists, one a picture.
+    One box is a dict with x, y, width and height, or four numbers: the corners x0, y0, x1, y1. given: one;
+    a list or tensor of as many as there are pictures, one each; a list of any other number, all for every
+    picture; or a list of lists, one a picture.
     Raises ValueError for anything else, and for boxes without a pixel of the picture.
     """
     given = _plain(given)
@@ -75,10 +75,13 @@ def _corners(box, size: tuple[int, int]) -> list[float]:
     if not _is_box(values) or not all(map(math.isfinite, values)):
         raise ValueError(f"{_FORMS}, got {box!r:.80}")
     x0, y0, x1, y1 = map(float, values)
-    if isinstance(box, dict) or x1 <= x0 or y1 <= y0:
+    if isinstance(box, dict):
         x1, y1 = x0 + x1, y0 + y1
     if x1 <= x0 or y1 <= y0:
-        raise ValueError(f"the box {box!r:.80} has no width or no height")
+        hint = ": four numbers are corners x0, y0, x1, y1; give a dict for x, y, width, height"
+        raise ValueError(
+            f"the box {box!r:.80} has no width or no height{'' if isinstance(box, dict) else hint}"
+        )
     if x1 < 0 or y1 < 0 or x0 > size[1] - 1 or y0 > size[0] - 1:
         raise ValueError(f"the box {box!r:.80} lies outside of the photo of {size[1]} x {size[0]} pixels")
     return [x0, y0, x1, y1]

@@ -223,6 +223,12 @@ def bounding_boxes(points: Tensor) -> Tensor:
     return torch.cat([points.amin(1), points.amax(1)], 1)
 
 
+def outside(points: Tensor, size: tuple[int, int]) -> Tensor:
+    """Share [N] of landmarks [N,K,2] that lie outside of a picture (H, W)."""
+    x, y = points.unbind(-1)
+    return ((x < -0.5) | (y < -0.5) | (x > size[1] - 0.5) | (y > size[0] - 0.5)).float().mean(1)
+
+
 def similarity(points: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Least-squares similarity from `target` [K,2] to each `points` [N,K,2] (Umeyama 1991, in the plane).
 

@@ -67,7 +67,7 @@ def look(
     """
     if order not in ORDERS or faces not in FACES:
         raise ValueError(f"order is one of {ORDERS}, faces one of {FACES}; got '{order}', '{faces}'")
-    there = _find(picture) if points is None else landmarks.bounding_boxes(points)
+    there = find(picture) if points is None else landmarks.bounding_boxes(points)
     known = torch.arange(len(there), device=there.device)  # of which of the points; -1: of a given box
     total = len(there)
     if boxes is not None:
@@ -154,6 +154,8 @@ def steady(faces: Faces, frames: float) -> Tensor:
 
     A face is followed from picture to picture by its place; at a cut, or where it jumps, smoothing ends.
     """
+    if not frames:
+        return faces.points
     points, track = faces.points.clone(), tracks(faces)
     for t in track.unique():
         here = track == t
@@ -163,24 +165,23 @@ def steady(faces: Faces, frames: float) -> Tensor:
 
 def tracks(faces: Faces) -> Tensor:
     """[M] long: faces of pictures that follow each other get one number where their boxes overlap best."""
-    boxes, photo = landmarks.bounding_boxes(faces.points), faces.photo.tolist()
-    numbers, count, last, here = [], 0, [], []
-    for i in range(len(photo)):
-        if i and photo[i] != photo[i - 1]:
-            last, here = here, []
-        share = [(float(_overlap(boxes[i : i + 1], boxes[j : j + 1])[0]), j) for j in last]
-        best, j = max(share, default=(0.0, -1))
-        if best > INSIDE:
-            last = [k for k in last if k != j]
-            numbers.append(numbers[j])
-        else:
-            numbers.append(count)
-            count += 1
-        here.append(i)
+    boxes = landmarks.bounding_boxes(faces.points.cpu())
+    numbers, count, last = [], 0, boxes[:0]
+    for here in boxes.split(faces.photo.unique_consecutive(return_counts=True)[1].tolist()):
+        before = numbers[len(numbers) - len(last) :]
+        for share in _overlap(here, last)[0].tolist():
+            best, j = max(((s, j) for j, s in enumerate(share) if before[j] >= 0), default=(0.0, -1))
+            numbers.append(before[j] if best > INSIDE else count)
+            if best > INSIDE:
+                before[j] = -1  # each is followed once
+            else:
+                count += 1
+        last = here
     return torch.tensor(numbers)
 
 
-def _find(picture: Tensor) -> Tensor:
+def find(picture: Tensor) -> Tensor:
+    """Boxes [N,4] of all faces of a picture [1,3,H,W] in 0..1, of none where there is none."""
     try:
         return landmarks.find_faces(picture)[0]
     except landmarks.NoFaceError:

@@ -211,3 +211,10 @@ def select(labels: Tensor, name: str) -> Tensor:
 def head_mask(labels: Tensor) -> Tensor:
     """Face, neck and hair [B,1,H,W], 0 or 1, of labels [B,H,W]."""
     return select(labels, "head")
+
+
+def colours(labels: Tensor) -> Tensor:
+    """Labels [B,H,W] as colours [B,3,H,W], 0..1, background black; neighbours in number differ in hue."""
+    hue = labels * 0.381966
+    phase = hue[:, None] + torch.tensor([0.0, 1 / 3, 2 / 3], device=labels.device)[:, None, None]
+    return (0.5 + 0.5 * torch.cos(2 * torch.pi * phase)) * (labels > 0)[:, None]
