@@ -25,6 +25,51 @@ def _shown(cls, ball, head, code, given=None) -> dict:
     return {**ui.PreviewImage(ball, cls=cls).as_dict(), "face_rig_light": [about]}
 
 
+LAMP = [
+    io.Float.Input(
+        "intensity",
+        default=1.0,
+        min=0.0,
+        max=4.0,
+        step=0.05,
+        tooltip="Strength of the lamp, linear; 0 leaves the even light only. Good: 0.4..1.6.",
+    ),
+    io.Float.Input(
+        "ambient",
+        default=0.25,
+        min=0.0,
+        max=2.0,
+        step=0.01,
+        tooltip=(
+            "Light from everywhere, linear, against intensity: less of it is more contrast. Good: 0.1..0.5."
+        ),
+    ),
+    io.Float.Input(
+        "softness",
+        default=0.1,
+        min=0.0,
+        max=1.0,
+        step=0.05,
+        tooltip="Size of the source: 0 is a point with a clear terminator, 1 half the sky. Good: 0..0.7.",
+    ),
+]
+
+
+def _colour(optional=False):
+    return [
+        io.Float.Input(
+            name,
+            default=1.0,
+            min=0.0,
+            max=2.0,
+            step=0.01,
+            optional=optional,
+            tooltip=f"{name.capitalize()} of the directed light. Good: 0.5..1.5.",
+        )
+        for name in ("red", "green", "blue")
+    ]
+
+
 class SHLightEdit(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -64,60 +109,8 @@ class SHLightEdit(io.ComfyNode):
                     step=1.0,
                     tooltip="Degrees; above 0 from above. Good: -10..50.",
                 ),
-                io.Float.Input(
-                    "intensity",
-                    default=1.0,
-                    min=0.0,
-                    max=4.0,
-                    step=0.05,
-                    tooltip="Strength of the lamp, linear; 0 leaves the even light only. Good: 0.4..1.6.",
-                ),
-                io.Float.Input(
-                    "ambient",
-                    default=0.25,
-                    min=0.0,
-                    max=2.0,
-                    step=0.01,
-                    tooltip=(
-                        "Light from everywhere, linear, against intensity: less of it is more contrast. "
-                        "Good: 0.1..0.5."
-                    ),
-                ),
-                io.Float.Input(
-                    "softness",
-                    default=0.1,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    tooltip=(
-                        "Size of the source: 0 is a point with a clear terminator, 1 half the sky. Good: "
-                        "0..0.7."
-                    ),
-                ),
-                io.Float.Input(
-                    "red",
-                    default=1.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.01,
-                    tooltip="Red of the directed light. Good: 0.5..1.5.",
-                ),
-                io.Float.Input(
-                    "green",
-                    default=1.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.01,
-                    tooltip="Green of the directed light. Good: 0.5..1.5.",
-                ),
-                io.Float.Input(
-                    "blue",
-                    default=1.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.01,
-                    tooltip="Blue of the directed light. Good: 0.5..1.5.",
-                ),
+                *LAMP,
+                *_colour(),
                 io.Float.Input(
                     "mix",
                     default=1.0,
@@ -280,30 +273,8 @@ class LightOrbit(io.ComfyNode):
                     step=1.0,
                     tooltip="Degrees; above 0 from above. Good: -10..50.",
                 ),
-                io.Float.Input(
-                    "intensity",
-                    default=1.0,
-                    min=0.0,
-                    max=4.0,
-                    step=0.05,
-                    tooltip="Strength of the lamp, linear. Good: 0.4..1.6.",
-                ),
-                io.Float.Input(
-                    "ambient",
-                    default=0.25,
-                    min=0.0,
-                    max=2.0,
-                    step=0.01,
-                    tooltip="Light from everywhere, linear: less of it is more contrast. Good: 0.1..0.5.",
-                ),
-                io.Float.Input(
-                    "softness",
-                    default=0.1,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    tooltip="Size of the source: 0 is a point, 1 half the sky. Good: 0..0.7.",
-                ),
+                *LAMP,
+                *_colour(optional=True),
             ],
             outputs=[
                 sockets.SHLight.Output(display_name="light", tooltip="The lights, in order."),
@@ -312,15 +283,18 @@ class LightOrbit(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, face_model, face_code, frames, start, arc, elevation, intensity, ambient, softness):
+    def execute(
+        cls, face_model, face_code, frames, start, arc, elevation, intensity, ambient, softness,
+        red=1.0, green=1.0, blue=1.0,
+    ):  # fmt: skip
         head = host.head(face_model)
         face_code.require_head(head)
         if len(face_code) != 1:
             raise ValueError(f"'face_code' holds {len(face_code)} faces, an orbit goes around one")
         code = face_code.to(host.device())
         light = light_prior.orbit(
-            code.light, frames, start, arc, elevation, intensity=intensity,
-            ambient=ambient, softness=softness, mean=head.light_mean, std=head.light_std,
+            code.light, frames, start, arc, elevation, intensity=intensity, ambient=ambient,
+            colour=(red, green, blue), softness=softness, mean=head.light_mean, std=head.light_std,
         )  # fmt: skip
         ball = host.image(light_prior.ball(light))
         shown = _shown(cls, host.few(ball, 8), head, code)

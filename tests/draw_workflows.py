@@ -22,9 +22,9 @@ DIFFUSION_RIG = {
     "directory": "face_rig",
 }
 DIFARELI = "https://github.com/diffusion-face-relighting/difareli_code"
-FLAME = [
-    {"name": "deca_model.tar", "url": "https://github.com/yfeng95/DECA", "directory": "face_rig"},
-    {"name": "generic_model.pkl", "url": "https://flame.is.tue.mpg.de/download.php", "directory": "face_rig"},
+FLAME = [{"name": "deca_model.tar", "url": "https://github.com/yfeng95/DECA", "directory": "face_rig"}] + [
+    {"name": name, "url": "https://flame.is.tue.mpg.de/download.php", "directory": "face_rig"}
+    for name in ("generic_model.pkl", "FLAME_texture.npz", "FLAME_masks.pkl")
 ]
 
 
@@ -203,7 +203,7 @@ def pose_and_expression(c: Canvas) -> None:
     new, _ = rig_condition(c, face, model, lit, "edited")
     c.column("6 · The photo again")
     made = c.node(
-        "ConditionedSample", model=model, conditioning=new, noise=noise["noise"], unedited=own, guidance=1.5
+        "ConditionedSample", model=model, conditioning=new, noise=noise["noise"], unedited=own, guidance=1.0
     )
     pasted = c.node(
         "PasteBack",
@@ -270,6 +270,7 @@ def official_difareli(c: Canvas) -> None:
     ):
         loader = next(iter(node[0].links.values()))[0]
         loader.models = [{"name": name, "url": url, "directory": "face_rig"}]
+    loader.models += [{"name": "shadow_cls_weight.pkl", "url": DIFARELI, "directory": "face_rig"}]
     parser = c.node("LoadFaceParser", file="79999_iter.pth", models=[PARSER])["face_parser"]
     told["head"] = c.node("FaceParse", face_parser=parser, image=face.image)["mask"]
     photos = difareli(c, face, model, lamp(c, face_model), told, cast=False, preset="official 1000")

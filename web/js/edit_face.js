@@ -19,7 +19,9 @@ function load(address, fetched) {
     if (!heads.has(address)) {
         if (heads.size > 8) heads.delete(heads.keys().next().value);
         const read = async (answer) => (answer.ok ? unpack(await answer.arrayBuffer()) : null);
-        heads.set(address, fetched().then(read).catch(() => null));
+        const head = fetched().then(read).catch(() => null);
+        heads.set(address, head);
+        head.then((found) => found ?? heads.delete(address)); // the next run may bring it
     }
     return heads.get(address);
 }
@@ -128,8 +130,8 @@ class HeadPanel extends Panel {
     /** The head to draw: a new one is drawn as soon as it is there. */
     head() {
         const file = this.about(), name = file?.filename ?? "";
-        if (this.wanted !== name) {
-            this.wanted = name;
+        if (this.wanted !== name || this.since !== this.told) {
+            Object.assign(this, { wanted: name, since: this.told });
             loadHead(file).then(async (head) => {
                 const found = head ?? (await loadHead());
                 if (this.wanted !== name || this.removed) return;

@@ -179,14 +179,16 @@ class LightBall extends Panel {
 
     /** The fitted head to shade, decoded once; null until it is there. */
     head(about) {
-        if (about?.sheet && about.sheet !== this.sheet) {
-            this.sheet = about.sheet;
-            headPicture(about.sheet).then((picture) => {
+        const sheet = about?.sheet;
+        if (sheet && sheet !== this.sheet) {
+            this.sheet = sheet;
+            headPicture(sheet).catch(() => null).then((picture) => {
+                if (this.sheet !== sheet) return; // of the run before
                 this.picture = picture;
                 this.changed(true);
             });
         }
-        return (about?.sheet && this.picture) || null;
+        return (sheet && this.picture) || null;
     }
 
     fit() {

@@ -32,9 +32,15 @@ function colourPicker(panel) {
         const [red, green, blue] = fromHex(any.value);
         panel.setAll({ red, green, blue });
     });
-    for (const end of ["change", "blur"]) any.addEventListener(end, () => panel.done());
+    for (const end of ["change", "blur"])
+        any.addEventListener(end, () => {
+            panel.done();
+            panel.changed(true);
+        });
     const root = element("div", { className: "face-rig-colours" }, ...swatches, any);
-    const tell = (s) => { any.value = toHex([s.red, s.green, s.blue]); };
+    const tell = (s) => {
+        if (!panel.open) any.value = toHex([s.red, s.green, s.blue]); // else the open picker would jump
+    };
     return { root, tell };
 }
 
@@ -54,7 +60,7 @@ export function lampRow(panel) {
     return { root, tell };
 }
 
-/** Play, scrub and softness, for Light Orbit. stop() goes back to its first frame. */
+/** Play, scrub, softness and colours, for Light Orbit. stop() goes back to its first frame. */
 export function orbitRow(panel) {
     let playing = false;
     const show = (frame) => {
@@ -93,8 +99,10 @@ export function orbitRow(panel) {
     const number = element("span", { className: "face-rig-number" });
     const presets = presetList(panel, say("Hard or soft"), SOFTNESS);
 
-    const root = element("div", { className: "face-rig-foot" }, play, scrub, number, presets.list);
+    const colours = colourPicker(panel);
+    const root = element("div", { className: "face-rig-foot" }, play, scrub, number, presets.list, colours.root);
     const tell = (s) => {
+        colours.tell(s);
         scrub.max = s.frames - 1;
         scrub.value = s.frame;
         number.textContent = `${s.frame + 1} / ${s.frames}`;

@@ -3,7 +3,7 @@
 import { app } from "../../../scripts/app.js";
 
 const REST = 400; // ms without a change that end one step for undo
-const panels = new Set();
+const panels = new Set(); // weakly: the page drops a subgraph's nodes without a word
 let prepared = false; // whether the page has what all panels share
 let focused = null; // id of the node whose panel had the keyboard when undo made the node anew
 
@@ -31,7 +31,20 @@ export function prepare() {
     if (prepared) return;
     prepared = true;
     document.head.append(element("link", { rel: "stylesheet", href: new URL("panel.css", import.meta.url).href }));
-    new MutationObserver(() => panels.forEach(mount)).observe(document.body, { childList: true, subtree: true });
+    new MutationObserver(mountAll).observe(document.body, { childList: true, subtree: true });
+}
+
+function mountAll() {
+    for (const weak of panels) {
+        const panel = weak.deref();
+        if (panel) mount(panel);
+        else panels.delete(weak);
+    }
+}
+
+/** The name of a node in what the page keeps of a run. */
+export function locator({ graph, id }) {
+    return graph?.isRootGraph === false ? `${graph.id}:${id}` : String(id);
 }
 
 /** Nodes 2.0 of frontend 1.27 leaves such panels out: put them below the node's widgets. */
@@ -63,14 +76,14 @@ export class Panel {
         widget.serialize = false; // the option keeps it out of the prompt, this out of the file
         this.chain("onExecuted", (output) => {
             this.told = output;
-            this.changed();
+            this.changed(true);
         });
         this.chain("onConnectionsChange", () => this.changed());
         this.chain("onRemoved", () => this.remove());
         this.listen();
         this.resizing = new ResizeObserver(() => this.changed(true));
         this.resizing.observe(root);
-        panels.add(this);
+        panels.add((this.weak = new WeakRef(this)));
         const size = node.computeSize();
         node.setSize([Math.max(size[0], 300), size[1]]);
         this.changed();
@@ -89,7 +102,7 @@ export class Panel {
     /** Nothing of a removed panel goes on: no drag, no clock, no element in a node that takes its place. */
     remove() {
         this.removed = true;
-        panels.delete(this);
+        panels.delete(this.weak);
         clearTimeout(this.resting);
         this.done();
         this.resizing.disconnect();
@@ -137,9 +150,7 @@ export class Panel {
 
     /** What the last run gave the page for this node under a name, if there was one. */
     output(name) {
-        const { graph, id } = this.node;
-        const key = graph?.isRootGraph === false ? `${graph.id}:${id}` : String(id);
-        return (app.nodeOutputs?.[key] ?? this.told)?.[name];
+        return (app.nodeOutputs?.[locator(this.node)] ?? this.told)?.[name];
     }
 
     // --- undo

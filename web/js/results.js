@@ -1,11 +1,14 @@
 // What a node of ours has made, shown in it: the pictures where the page would keep the last preview on the way
 // there, and the text, which the page (frontend 1.27) does not draw by itself.
 import { app } from "../../../scripts/app.js";
-import { element, prepare } from "./panel.js";
+import { element, locator, prepare } from "./panel.js";
+import { say } from "./words.js";
 
 /** Pictures: the preview goes, so that the page draws what the node gave. */
 function picture(node) {
-    delete app.nodePreviewImages[node.id];
+    const place = locator(node), previews = app.nodePreviewImages?.[place] ?? [];
+    setTimeout(() => previews.forEach((url) => URL.revokeObjectURL(url)), 1000); // after the last drawing of them
+    delete app.nodePreviewImages?.[place];
     node.images = node.imgs = undefined;
     for (const widget of [...(node.widgets ?? [])]) {
         if (widget.name.startsWith("$$")) node.removeWidget(widget); // the page's own, for pictures
@@ -17,15 +20,19 @@ function text(node, lines) {
     let shown = node.widgets?.find((widget) => widget.name === "face_rig_text");
     if (!shown) {
         prepare();
-        const field = element("pre", { className: "face-rig-text", tabIndex: 0, label: "result" });
+        const field = element("pre", { className: "face-rig-text", tabIndex: 0, label: say("Result") });
         const height = lines.join("\n").includes("\n") ? 140 : 36;
         shown = node.addDOMWidget("face_rig_text", "face_rig_text", field, {
             serialize: false, hideOnZoom: false, getMinHeight: () => height,
         });
         shown.serialize = false;
-        node.setSize([Math.max(node.size[0], height > 36 ? 420 : 0), node.computeSize()[1]]);
+        node.setSize([Math.max(node.size[0], height > 36 ? 420 : 0), Math.max(node.size[1], node.computeSize()[1])]);
     }
     shown.element.textContent = lines.join("\n");
+}
+
+function tell(node, output) {
+    if (output?.text) text(node, [output.text].flat().map(String));
 }
 
 app.registerExtension({
@@ -36,7 +43,10 @@ app.registerExtension({
         nodeType.prototype.onExecuted = function (output) {
             before?.call(this, output);
             if (output?.images) picture(this);
-            if (output?.text) text(this, [output.text].flat().map(String));
+            tell(this, output);
         };
+    },
+    loadedGraphNode(node) { // after undo or another tab: what the page remembers of the last run
+        if (node.comfyClass?.startsWith("FaceRig_")) tell(node, app.nodeOutputs?.[locator(node)]);
     },
 });

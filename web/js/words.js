@@ -59,6 +59,7 @@ const WORDS = {
         "표정: {name}, 사진의 표정에 더해집니다",
     ],
     "This head has pose and jaw only": ["此头部模型只有姿态和下颌", "이 머리에는 자세와 턱만 있습니다"],
+    "Result": ["结果", "결과"],
     "Run once to see the face": ["运行一次即可看到人脸", "한 번 실행하면 얼굴이 보입니다"],
     "{n} degrees up": ["上 {n} 度", "위로 {n}도"],
     "{n} degrees down": ["下 {n} 度", "아래로 {n}도"],
