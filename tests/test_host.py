@@ -280,29 +280,6 @@ def test_the_hosts_ksampler_paints_on_our_model(host, graph):
     assert ok, messages[-1]
 
 
-def test_a_photo_is_turned_and_smiles(host, graph):
-    """Edit Face and Move Photo on the way, as the workflow's note says."""
-    of_type(graph, "FaceRig_LoadDiffusionRig")["inputs"]["file"] = "tiny.safetensors"
-    key = {n["class_type"]: k for k, n in graph.items()}
-    fit, head = key["FaceRig_FitToLandmarks"], [key["FaceRig_LoadFaceModel"], 0]
-    edit = {"face_model": head, "face_code": [fit, 0], "yaw": 15.0, "smile": 0.8}
-    edit |= dict.fromkeys(("pitch", "roll", "jaw", "gaze_x", "gaze_y"), 0.0)
-    edit |= dict.fromkeys(("frown", "raise_brows", "lower_brows", "blink", "squint", "wide_eyes"), 0.0)
-    edit |= dict.fromkeys(("pucker", "puff_cheeks", "sneer"), 0.0)
-    for n in graph.values():
-        if n["inputs"].get("face_code") == [fit, 0]:
-            n["inputs"]["face_code"] = ["200", 0]
-    graph["200"] = {"class_type": "FaceRig_EditFace", "inputs": edit}
-    image = [key["FaceRig_AlignFace"], 0]
-    moved = {"face_model": head, "image": image, "source": [fit, 0], "target": ["200", 0]}
-    graph["201"] = {"class_type": "FaceRig_MovePhoto", "inputs": moved}
-    of_type(graph, "FaceRig_DDIMInvert")["inputs"]["image"] = ["201", 0]
-    of_type(graph, "FaceRig_DDIMInvert")["inputs"]["hidden"] = ["201", 1]
-    of_type(graph, "FaceRig_PasteBack")["inputs"]["motion"] = ["201", 2]
-    ok, messages, _ = host.run(graph)
-    assert ok, messages[-1]
-
-
 @pytest.fixture(scope="module")
 def album(host) -> Path:
     """Three portraits of one synthetic person in input/album."""
