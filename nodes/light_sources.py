@@ -115,9 +115,8 @@ class LightFromEnvironmentMap(io.ComfyNode):
 
     @classmethod
     def execute(cls, panorama, encoding, view, yaw, pitch, exposure, face_model=None, face_code=None):
-        for name, value, known in (("encoding", encoding, (SRGB, LINEAR)), ("view", view, (SITTER, BEHIND))):
-            if value not in known:
-                raise ValueError(f"'{name}' is {' or '.join(known)}, not '{value}'")
+        sockets.choice("encoding", encoding, (SRGB, LINEAR))
+        sockets.choice("view", view, (SITTER, BEHIND))
         own, prior = _face(face_model, face_code)
         found = []
         for x in host.radiance(panorama, "panorama"):
@@ -178,8 +177,7 @@ class LightPresets(io.ComfyNode):
 
     @classmethod
     def execute(cls, preset, intensity, mirror, face_model=None, face_code=None):
-        if preset not in (*light_prior.PRESETS, ALL):
-            raise ValueError(f"'preset' is {', '.join(light_prior.PRESETS)} or {ALL}, not '{preset}'")
+        sockets.choice("preset", preset, (*light_prior.PRESETS, ALL))
         own, prior = _face(face_model, face_code)
         own = torch.zeros(1, 9, 3, device=host.device()) if own is None else own
         names = list(light_prior.PRESETS) if preset == ALL else [preset]

@@ -12,6 +12,14 @@ from ..rig_core.estimators.shadow import DiffAEShadow, ShadowNet
 from . import host, sockets
 
 RANGE = 20.0  # what a shadow scalar may be at the most, either way
+CAST_SHADOW = io.Boolean.Input(
+    "cast_shadow",
+    default=True,
+    tooltip=(
+        "The shadow that the head casts on itself is drawn into the grey head. Keep it on; "
+        "off for the published models, which were trained without."
+    ),
+)
 LIGHTS = 8  # at a time, so that a long orbit can be stopped
 
 
@@ -164,14 +172,7 @@ class DiFaReliCondition(io.ComfyNode):
                         "Above 1: that many pictures, from no change of the shadow to all of it. Good: 5."
                     ),
                 ),
-                io.Boolean.Input(
-                    "cast_shadow",
-                    default=True,
-                    tooltip=(
-                        "The shadow that the head casts on itself is drawn into the grey head. Keep it on; "
-                        "off for the published models, which were trained without."
-                    ),
-                ),
+                CAST_SHADOW,
                 sockets.SHLight.Input(
                     "light",
                     optional=True,

@@ -11,7 +11,7 @@ from ..rig_core.estimators.parsing import BiSeNet
 from ..rig_core.estimators.shadow import DiffAEShadow, ShadowNet
 from . import host, sockets
 from .diffusion import BALANCED, CUSTOM, PRESETS, STEPS
-from .relight import RANGE, check_vector
+from .relight import CAST_SHADOW, RANGE, check_vector
 
 IN_WORK = 2**28  # bytes of frames at a time
 
@@ -130,14 +130,7 @@ class RelightVideo(io.ComfyNode):
                         "below 0 weaker. Good: -6..6."
                     ),
                 ),
-                io.Boolean.Input(
-                    "cast_shadow",
-                    default=True,
-                    tooltip=(
-                        "The shadow that the head casts on itself is drawn into the grey head. Keep it on; "
-                        "off for the published models, which were trained without."
-                    ),
-                ),
+                CAST_SHADOW,
                 io.Combo.Input(
                     "preset",
                     options=[*PRESETS, CUSTOM],

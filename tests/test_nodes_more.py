@@ -63,7 +63,7 @@ def test_light_of_a_panorama(pack, head, code, monkeypatch):
         pack.run("LightFromEnvironmentMap", panorama=panorama()[:, :, :64])
     with pytest.raises(ValueError, match="'face_model' is missing"):
         pack.run("LightFromEnvironmentMap", panorama=panorama(), face_code=code)
-    with pytest.raises(ValueError, match="'encoding' is sRGB or linear, not 'x'"):
+    with pytest.raises(ValueError, match="'encoding' is one of sRGB, linear, not 'x'"):
         pack.run("LightFromEnvironmentMap", panorama=panorama(), encoding="x")
 
 
@@ -82,7 +82,7 @@ def test_presets(pack, head, code):
     assert not torch.allclose(physical, right, atol=0.05)
     with pytest.raises(ValueError, match="'face_code' holds 2 faces"):
         pack.run("LightPresets", preset="all", face_model=head, face_code=code.expand(2))
-    with pytest.raises(ValueError, match="'preset' is rembrandt"):
+    with pytest.raises(ValueError, match="'preset' is one of rembrandt"):
         pack.run("LightPresets", preset="noon")
 
 
